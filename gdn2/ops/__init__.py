@@ -1,0 +1,13 @@
+"""Tensors in, tensors out: the gated delta rule and the short convolution in front of it."""
+
+from gdn2.ops.causal_conv import causal_conv, causal_conv_step
+from gdn2.ops.gated_delta_rule import BACKENDS, gated_delta_rule, gated_delta_step, resolve_backend
+
+__all__ = [
+    "BACKENDS",
+    "causal_conv",
+    "causal_conv_step",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "resolve_backend",
+]

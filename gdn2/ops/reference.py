@@ -1,0 +1,108 @@
+"""The definition of correct: the gated delta rule as a loop over tokens (Eq. 9 of docs/math.md).
+
+Float64 inputs are computed in float64, everything else in float32. Autograd differentiates it.
+Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token loop over every sequence; arguments and returns as the public `gated_delta_rule`."""
+    inputs = (q, k, v, log_decay, erase, write)
+    if cu_seqlens is None:
+        return _token_loop(*inputs, scale, state)
+    # The empty first piece gives the results their shape where there is no sequence at all.
+    empty = _token_loop(*(None if x is None else x[:, :0] for x in inputs), scale, None)
+    outs, states = [empty[0]], [empty[1][:0]]
+    bounds = cu_seqlens.tolist()
+    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        sequence = (None if x is None else x[:, start:stop] for x in inputs)
+        out, last = _token_loop(*sequence, scale, None if state is None else state[n : n + 1])
+        outs.append(out)
+        states.append(last)
+    return torch.cat(outs, dim=1), torch.cat(states)
+
+
+def gated_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor | None,
+) -> Tensor:
+    """The token loop from the given state, which its result replaces; returns the outputs."""
+    inputs = (q, k, v, log_decay, erase, write)
+    if state_indices is None:
+        out, last = _token_loop(*inputs, scale, state)
+        state.copy_(last)
+        return out
+    live = (state_indices >= 0).nonzero().squeeze(1)
+    slots = state_indices[live].long()
+    out = torch.zeros_like(v)
+    out[live], state[slots] = _token_loop(
+        *(None if x is None else x[live] for x in inputs), scale, state[slots]
+    )
+    return out
+
+
+def _token_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    scale: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out_dtype = q.dtype
+    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    H, HV = q.shape[2], v.shape[2]
+    q, k, v, log_decay, erase, write = (  # [B, T, H, G or 1, ...]
+        None if x is None else x.to(dtype).unflatten(2, (H, -1))
+        for x in (q, k, v, log_decay, erase, write)
+    )
+    erased = _fold_gate(erase, k, absent=0.0)  # Eq. 8
+    written = _fold_gate(write, v, absent=1.0)
+    if state is None:
+        S = v.new_zeros(v.shape[0], H, HV // H, k.shape[-1], v.shape[-1])
+    else:
+        S = state.clone().unflatten(1, (H, HV // H))
+    outs = []
+    for t in range(v.shape[1]):
+        if log_decay is not None:
+            decay = log_decay[:, t].exp()
+            S = S * (decay[..., None, None] if decay.ndim == 3 else decay[..., None])
+        change = written[:, t] - _read(S, erased[:, t])
+        S = S + k[:, t].unsqueeze(-1) * change.unsqueeze(-2)
+        outs.append(scale * _read(S, q[:, t]))
+    out = torch.stack(outs, dim=1) if outs else v
+    return out.flatten(2, 3).to(out_dtype), S.flatten(1, 2)
+
+
+def _fold_gate(gate: Tensor | None, x: Tensor, *, absent: float) -> Tensor:
+    if gate is None:
+        return x * absent
+    return x * (gate.unsqueeze(-1) if gate.ndim == x.ndim - 1 else gate)
+
+
+def _read(S: Tensor, row: Tensor) -> Tensor:
+    """``S^T row``: [B, H, G, K, V] and [B, H, G or 1, K] -> [B, H, G, V]."""
+    return (row.unsqueeze(-2) @ S).squeeze(-2)
