@@ -1,0 +1,149 @@
+"""Checkpoints that are complete or absent.
+
+A step is written beside its final name (``step_00000100.tmp``), synced to the disk and renamed,
+so whatever is called ``step_NNNNNNNN`` is complete. Old steps are renamed back before they are
+deleted, for the same reason. Model and optimizer go through PyTorch's distributed checkpoint
+format, which needs no process group for one process and reshards for many.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+UNFINISHED = ".tmp"
+
+
+class Checkpoints:
+    """The steps of one run, in one folder; the newest ``keep`` of them are kept."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        matches = (re.fullmatch(r"step_(\d{8,})", path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def newest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        tokens: int,
+        write_more: Callable[[Path], None],
+    ) -> None:
+        """Write ``step``, unless it is there, and drop the oldest beyond ``keep``.
+
+        ``write_more(folder)`` adds what makes the folder readable on its own.
+        """
+        if self.path(step).exists():
+            return
+
+        def write(folder: Path) -> None:
+            with _one_process():
+                state = _state(model, optimizer, step, tokens)
+                dcp.save(state, checkpoint_id=folder, no_dist=True)
+            write_more(folder)
+
+        write_folder(self.path(step), write)
+        for old in self.steps()[: -self.keep]:
+            doomed = self.path(old).with_suffix(UNFINISHED)
+            self.path(old).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put ``step`` into the model, the optimizer and torch's random generator."""
+        state = _state(model, optimizer, step, tokens=0)
+        with _one_process():
+            dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        torch.set_rng_state(state["trainer"]["rng"])
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, tokens: int
+) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    trainer = {"step": step, "tokens": tokens, "rng": torch.get_rng_state()}
+    return {"model": model_state, "optimizer": optimizer_state, "trainer": trainer}
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder that is called ``target`` once it is complete on the disk."""
+    unfinished = target.with_name(target.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        write(unfinished)
+        for path in unfinished.rglob("*"):
+            _sync(path)
+        _sync(unfinished)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RuntimeError(f"cannot write {target}: {error}") from error
+    unfinished.rename(target)
+    _sync(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half-written in ``folder``."""
+    for path in folder.glob("*" + UNFINISHED):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into ``folder``; the kernel releases it at any death."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"{folder} is in use by another training process") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
