@@ -1,0 +1,93 @@
+"""What an unfinished folder knows: the request it answers and the sections that are finished."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .shards import Shard, write_json
+from .sources import START, Position
+
+JOURNAL = "journal.json.tmp"  # gone when the folder is complete
+
+
+@dataclass
+class Journal:
+    """`request` is {"sources": [fingerprint, ...], "options": {...}}.
+
+    A section is {"next": position of the first record after it, "skipped": {reason: count},
+    "shards": {split: shard}}.
+    """
+
+    folder: Path
+    request: dict
+    sections: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, request: dict) -> "Journal":
+        """The folder's journal, a new one if there is none; ValueError if it is for another."""
+        path = folder / JOURNAL
+        if path.is_file():
+            journal = cls(folder, **json.loads(path.read_bytes()))
+            refuse_differences(folder, journal.request, request)
+            return journal
+        if folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and was not begun by prepare: use another")
+        journal = cls(folder, request)
+        journal._save()
+        return journal
+
+    @property
+    def next(self) -> Position:
+        return Position(*self.sections[-1]["next"]) if self.sections else START
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        found = [section["shards"].get(split) for section in self.sections]
+        return tuple(Shard(**shard) for shard in found if shard)
+
+    def add(self, after: Position, skipped: dict[str, int], shards: dict[str, Shard]) -> None:
+        plain = {split: asdict(shard) for split, shard in shards.items()}
+        self.sections.append({"next": list(after), "skipped": dict(skipped), "shards": plain})
+        self._save()
+
+    def remove(self) -> None:
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        data = {"request": self.request, "sections": self.sections}
+        write_json(self.folder / JOURNAL, data)
+
+
+def refuse_differences(folder: Path, old: dict, new: dict) -> None:
+    """Compare requests; sources by what is in them (names, sizes, checksum), not where they lie."""
+    differences = [
+        f"{name} was {old['options'].get(name)!r} and is {value!r}"
+        for name, value in new["options"].items()
+        if old["options"].get(name) != value
+    ]
+    before, after = ([s | {"name": None} for s in side["sources"]] for side in (old, new))
+    if before != after:
+        was, now = (", ".join(s["name"] for s in side["sources"]) for side in (old, new))
+        differences.append(f"sources were {was}, are {now}" if was != now else f"{now} has changed")
+    if differences:
+        raise ValueError(
+            f"{folder} was begun with something else: {'; '.join(differences)}. "
+            "Use another folder or delete this one"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the system unlocks it however this one ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is preparing {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)
