@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn2.ops.contract import check_boundaries
+
 ACTIVATIONS = (None, "silu")
 
 
@@ -39,16 +41,15 @@ def causal_conv(
     Raises:
         ValueError: a shape or the activation breaks the contract.
     """
-    D, W = weight.shape[0], weight.shape[-1]
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if x.ndim != 3 or weight.shape != (x.shape[-1], W):
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(
             f"x and weight must be [B, T, D] and [D, W], got {list(x.shape)}, {list(weight.shape)}"
         )
-    if cu_seqlens is not None and x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences along T and needs B == 1, got {x.shape[0]}")
-    _check(D, W, N, bias, activation, state)
-    history = x.new_zeros(N, W - 1, D) if state is None else state.to(x.dtype).transpose(1, 2)
+    N, W = check_boundaries(cu_seqlens, x), weight.shape[1]
+    _check(weight, N, bias, activation, state)
+    history = (
+        x.new_zeros(N, W - 1, x.shape[2]) if state is None else state.to(x.dtype).transpose(1, 2)
+    )
     if cu_seqlens is None:
         padded = torch.cat([history, x], dim=1)  # [B, W - 1 + T, D]
         y = _convolve(padded, weight, bias)
@@ -81,7 +82,7 @@ def causal_conv_step(
         raise ValueError(
             f"x and weight must be [B, D] and [D, W], got {list(x.shape)}, {list(weight.shape)}"
         )
-    _check(*weight.shape, x.shape[0], bias, activation, state)
+    _check(weight, x.shape[0], bias, activation, state)
     window = torch.cat([state, x.unsqueeze(-1).to(state.dtype)], dim=-1)  # [B, D, W]
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = (window.to(dtype) * weight.to(dtype)).sum(-1)
@@ -92,8 +93,9 @@ def causal_conv_step(
 
 
 def _check(
-    D: int, W: int, N: int, bias: Tensor | None, activation: str | None, state: Tensor | None
+    weight: Tensor, N: int, bias: Tensor | None, activation: str | None, state: Tensor | None
 ) -> None:
+    D, W = weight.shape
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias must be [D] = [{D}], got {list(bias.shape)}")
     if activation not in ACTIVATIONS:

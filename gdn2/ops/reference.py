@@ -4,81 +4,52 @@ Float64 inputs are computed in float64, everything else in float32. Autograd dif
 Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
 """
 
+from itertools import pairwise
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 
+from gdn2.ops.contract import Operands, state_dtype
+
 
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    erase: Tensor | None = None,
-    write: Tensor | None = None,
-    scale: float = 1.0,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    x: Operands, scale: float, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Token loop over every sequence; arguments and returns as the public `gated_delta_rule`."""
-    inputs = (q, k, v, log_decay, erase, write)
+    """Token loop over every sequence; see the public `gated_delta_rule`."""
     if cu_seqlens is None:
-        return _token_loop(*inputs, scale, state)
+        return _token_loop(x, scale, state)
     # The empty first piece gives the results their shape where there is no sequence at all.
-    empty = _token_loop(*(None if x is None else x[:, :0] for x in inputs), scale, None)
+    empty = _token_loop(x.map(lambda t: t[:, :0]), scale, None)
     outs, states = [empty[0]], [empty[1][:0]]
-    bounds = cu_seqlens.tolist()
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        sequence = (None if x is None else x[:, start:stop] for x in inputs)
-        out, last = _token_loop(*sequence, scale, None if state is None else state[n : n + 1])
+    for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        sequence = x.map(itemgetter((slice(None), slice(start, stop))))
+        out, last = _token_loop(sequence, scale, None if state is None else state[n : n + 1])
         outs.append(out)
         states.append(last)
     return torch.cat(outs, dim=1), torch.cat(states)
 
 
 def gated_delta_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor | None,
+    x: Operands, scale: float, state: Tensor, state_indices: Tensor | None
 ) -> Tensor:
     """The token loop from the given state, which its result replaces; returns the outputs."""
-    inputs = (q, k, v, log_decay, erase, write)
     if state_indices is None:
-        out, last = _token_loop(*inputs, scale, state)
+        out, last = _token_loop(x, scale, state)
         state.copy_(last)
         return out
     live = (state_indices >= 0).nonzero().squeeze(1)
     slots = state_indices[live].long()
-    out = torch.zeros_like(v)
-    out[live], state[slots] = _token_loop(
-        *(None if x is None else x[live] for x in inputs), scale, state[slots]
-    )
+    out = torch.zeros_like(x.v)
+    out[live], state[slots] = _token_loop(x.map(lambda t: t[live]), scale, state[slots])
     return out
 
 
-def _token_loop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    out_dtype = q.dtype
-    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    H, HV = q.shape[2], v.shape[2]
-    q, k, v, log_decay, erase, write = (  # [B, T, H, G or 1, ...]
-        None if x is None else x.to(dtype).unflatten(2, (H, -1))
-        for x in (q, k, v, log_decay, erase, write)
-    )
+def _token_loop(x: Operands, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    H, HV = x.q.shape[2], x.v.shape[2]
+    dtype = state_dtype(x.q.dtype)
+    # [B, T, H, G or 1, ...]
+    q, k, v, log_decay, erase, write = x.map(lambda t: t.to(dtype).unflatten(2, (H, -1)))
     erased = _fold_gate(erase, k, absent=0.0)  # Eq. 8
     written = _fold_gate(write, v, absent=1.0)
     if state is None:
@@ -94,7 +65,7 @@ def _token_loop(
         S = S + k[:, t].unsqueeze(-1) * change.unsqueeze(-2)
         outs.append(scale * _read(S, q[:, t]))
     out = torch.stack(outs, dim=1) if outs else v
-    return out.flatten(2, 3).to(out_dtype), S.flatten(1, 2)
+    return out.flatten(2, 3).to(x.q.dtype), S.flatten(1, 2)
 
 
 def _fold_gate(gate: Tensor | None, x: Tensor, *, absent: float) -> Tensor:

@@ -7,49 +7,30 @@ Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, 
 import torch
 from torch import Tensor
 
+from gdn2.ops.contract import Operands
+
 
 @torch.no_grad()
 def gated_delta_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor | None,
+    x: Operands, scale: float, state: Tensor, state_indices: Tensor | None
 ) -> Tensor:
     """Advance `state` in place over the T tokens and return the outputs [B, T, HV, V]."""
-    inputs = (q, k, v, log_decay, erase, write)
     if state_indices is None:
-        return _advance(*inputs, scale, state)
+        return _advance(x, scale, state)
     live = (state_indices >= 0).nonzero().squeeze(1)
     slots = state_indices[live].long()
     rows = state[slots]
-    out = torch.zeros_like(v)
-    out[live] = _advance(*(None if x is None else x[live] for x in inputs), scale, rows)
+    out = torch.zeros_like(x.v)
+    out[live] = _advance(x.map(lambda t: t[live]), scale, rows).to(out.dtype)
     state[slots] = rows
     return out
 
 
-def _advance(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor,
-) -> Tensor:
-    H, HV = q.shape[2], v.shape[2]
+def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
+    H, HV = x.q.shape[2], x.v.shape[2]
     S = state.unflatten(1, (H, HV // H))  # [B, H, G, K, V], a view
-    q, k, v, log_decay, erase, write = (  # [B, T, H, G or 1, ...]
-        None if x is None else x.to(S.dtype).unflatten(2, (H, -1))
-        for x in (q, k, v, log_decay, erase, write)
-    )
+    # [B, T, H, G or 1, ...]
+    q, k, v, log_decay, erase, write = x.map(lambda t: t.to(S.dtype).unflatten(2, (H, -1)))
     if log_decay is not None:
         log_decay = log_decay.unsqueeze(-1) if log_decay.ndim == 4 else log_decay
     if erase is not None:
