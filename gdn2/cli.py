@@ -1,0 +1,308 @@
+"""gdn2 prepare | train | eval | generate | info: parse, call, and turn errors into exit codes.
+
+0 done; 2 wrong input (one line on stderr says which); 1 failure; 130 Ctrl-C. Every command
+imports what it needs when it runs, so that `--help` is instant and a missing extra names itself.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+WRONG_INPUT = (
+    ValueError,
+    ImportError,
+    NotImplementedError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+FAILURE = (RuntimeError, OSError, ArithmeticError, MemoryError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _build_parser()
+    try:
+        args, rest = parser.parse_known_args(argv)
+        args.overrides = _overrides(args.parser, rest)
+        args.run(args)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse: --help or a wrong option
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; what is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except WRONG_INPUT as error:
+        _complain(error)
+        return 2
+    except FAILURE as error:
+        _complain(error)
+        return 1
+    return 0
+
+
+def _complain(error: BaseException) -> None:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"gdn2: error: {message}", file=sys.stderr)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from gdn2.data import prepare
+
+    options = ("tokenizer", "vocab_size", "text_column", "val_fraction", "workers")
+    given = {name: getattr(args, name) for name in options if name in args}
+    prepare(args.sources, args.out, **given)
+
+
+def _train(args: argparse.Namespace) -> None:
+    run = _resolve_run(args.preset, args.overrides)
+    _check_device(args.device)
+    from gdn2.train.loop import train
+
+    train(run, data=args.data, out=args.out, device=args.device)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _check_device(args.device)
+    from gdn2.evals.perplexity import evaluate_checkpoint, show
+
+    out = args.out or args.checkpoint
+    show(evaluate_checkpoint(args.checkpoint, data=args.data, out=out, device=args.device))
+    print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}", file=sys.stderr)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = [args.prompt] if args.prompts is None else _read_prompts(args.prompts)
+    _check_device(args.device)
+    from gdn2.data import load_encoder
+    from gdn2.evals.sampling import sample_text
+    from gdn2.models.loading import load_checkpoint
+
+    model, _, chosen = load_checkpoint(args.checkpoint)
+    encoder = load_encoder(chosen)
+    print(f"gdn2: {chosen}", file=sys.stderr)
+    model.to(args.device)
+    for index, prompt in enumerate(prompts):
+        if index:
+            print()
+        sample_text(
+            model,
+            encoder,
+            prompt,
+            on_text=lambda text: print(text, end="", flush=True),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            greedy=args.greedy,
+            seed=args.seed,
+        )
+        print()
+
+
+def _info(args: argparse.Namespace) -> None:
+    run = _resolve_run(args.preset, args.overrides)
+    from gdn2.models.accounting import account
+    from gdn2.train import run_to_dict
+
+    facts = {
+        "run": run_to_dict(run),
+        "training": {
+            "tokens": run.schedule.total_tokens,
+            "tokens_per_step": run.schedule.tokens_per_step,
+            "steps": run.total_steps,
+        },
+        **account(run.model, length=run.data.sequence_length),
+    }
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(_outline(facts)).lstrip())
+
+
+def _outline(tree: dict[str, Any], indent: int = 0) -> list[str]:
+    """Nested facts, one a line."""
+    lines = []
+    for name, value in tree.items():
+        head = "  " * indent + name
+        if isinstance(value, dict):
+            lines += ["", head] if indent == 0 else [head]
+            lines += _outline(value, indent + 1)
+        else:
+            text = f"{value:,}" if type(value) is int else value
+            lines.append(f"{head:<32} {text}")
+    return lines
+
+
+# --- what the commands share -----------------------------------------------------------------
+
+
+def _resolve_run(preset: str, overrides: Sequence[str]) -> Any:
+    from gdn2.presets import load_preset
+    from gdn2.train import override_all
+
+    return override_all(load_preset(preset), overrides)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    prompts = path.read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no line")
+    return prompts
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """No abbreviations, examples kept as written, errors in one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=kind, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
+    """What argparse left over: assignments where the command takes them, else an error."""
+    takes_them = parser.get_default("overrides") is not None
+    wrong = [text for text in rest if not takes_them or text.startswith("-") or "=" not in text]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    return list(rest)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gdn2", description="Train, evaluate and sample Gated DeltaNet-2 models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Any, help: str, examples: str, **settings: Any) -> _Parser:
+        epilog = "examples:\n" + "\n".join(f"  gdn2 {name} {line}" for line in examples.split("\n"))
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **settings)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    sub = command(
+        "prepare",
+        _prepare,
+        "Turn text into token shards with a train and a validation split.",
+        "stdlib --out data/stdlib --vocab-size 4096\n"
+        "essays/ notes.txt more.jsonl.gz --out data/mine\n"
+        "fineweb/*.parquet --out data/fineweb --tokenizer tokenizer.json --workers 8",
+    )
+    sub.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="text file, JSONL(.gz), Parquet, a folder of them, or `stdlib`: this interpreter's "
+        "own library sources (a folder of that name is ./stdlib)",
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    # Options that are not given stay absent: gdn2.data.prepare has the defaults.
+    tokenizer = sub.add_mutually_exclusive_group()
+    _option(tokenizer, "--tokenizer", "PATH", "use this tokenizer (folder or file)", type=Path)
+    _option(tokenizer, "--vocab-size", "N", "train a byte-level BPE of this size", type=int)
+    _option(sub, "--text-column", "NAME", "column or key that holds the text (default: text)")
+    _option(sub, "--val-fraction", "F", "share of validation (default: 0.01)", type=float)
+    _option(sub, "--workers", "N", "processes that tokenize (default: all cores)", type=int)
+
+    sub = command(
+        "train",
+        _train,
+        "Train a preset; the same command resumes a run that was stopped.",
+        "debug --data data/stdlib --out runs/debug\n"
+        "gdn2_1p3b --data data/fineweb --out runs/1p3b --device cuda optim.lr=3e-4",
+        usage="gdn2 train PRESET --data DIR --out RUN [--device cpu|cuda] [a.b=value ...]",
+    )
+    _add_preset(sub)
+    sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared folder")
+    sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    _add_device(sub)
+
+    sub = command(
+        "eval",
+        _eval,
+        "Score a checkpoint on validation text: loss, bits per byte, perplexity by position.",
+        "runs/debug\nruns/debug/final --data data/stdlib --out scores",
+    )
+    _add_checkpoint(sub)
+    sub.add_argument("--data", type=Path, metavar="DIR", help="default: what the run trained on")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="for eval.json and eval.png (default: CHECKPOINT)"
+    )
+    _add_device(sub)
+
+    sub = command(
+        "generate",
+        _generate,
+        "Continue a prompt; the text goes to stdout as it comes, and nothing else does.",
+        "runs/debug --prompt 'import '\n"
+        "runs/debug --prompts prompts.txt --temperature 0.8 --top-p 0.95 --seed 1\n"
+        "runs/debug --prompt 'def ' --greedy --max-new-tokens 64",
+    )
+    _add_checkpoint(sub)
+    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="start of a document, may be empty")
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
+    sub.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens")
+    sub.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, P in all")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    sub.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    _add_device(sub)
+
+    sub = command(
+        "info",
+        _info,
+        "Show a preset: resolved settings, parameters, FLOPs per token, state size, steps.",
+        "gdn2_1p3b\ngdn2_1p3b_hybrid --json model.num_hidden_layers=24",
+        usage="gdn2 info PRESET [--json] [a.b=value ...]",
+    )
+    _add_preset(sub)
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _option(group: Any, flag: str, metavar: str, help: str, type: Any = str) -> None:
+    group.add_argument(flag, metavar=metavar, help=help, type=type, default=argparse.SUPPRESS)
+
+
+def _add_preset(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("preset", metavar="PRESET", help="name of a function in gdn2/presets.py")
+    sub.set_defaults(overrides=[])
+    sub.description = f"{sub.description}\nSettings: a.b=value, as `gdn2 info PRESET` lists them."
+
+
+def _add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a run (its newest step), a step folder or a Hugging Face folder",
+    )
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

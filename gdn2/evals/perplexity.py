@@ -1,0 +1,213 @@
+"""Loss, bits per byte and perplexity by position of a model on held-out documents.
+
+The protocol, the same for every model:
+
+- A document is its separator followed by its text tokens. It is cut into pieces of at most
+  `context` = 4 x `sequence_length` inputs, and every piece is scored on its own: fresh state,
+  positions from 0, nothing seen but the piece.
+- Every text token is predicted exactly once, and so is the separator that closes the document:
+  the first token from the opening separator alone, the first target of a later piece from the
+  one token before it.
+- `bits_per_byte` = total loss / ln 2 / UTF-8 bytes of the text. The loss of the closing
+  separators is in the numerator and adds no byte to the denominator, so the number is slightly
+  higher than that of the text alone: it also pays for telling where a document ends.
+- `by_position`: perplexity of the targets at `start` <= n < `end` of their pieces (the n-th has
+  n + 1 inputs of context), in buckets that double up to `context`. Training showed no position
+  in the last two; only longer documents reach them, so the buckets are not the same text.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gdn2.data import TokenDataset, load_encoder
+from gdn2.models.loading import load_checkpoint
+
+EXTRAPOLATION = 4  # longest context, in training lengths
+SHORTEST_BUCKET = 16
+ROW_TOKENS = 8192  # documents are packed to rows of about this many tokens
+
+
+@torch.inference_mode()
+def evaluate(model: Any, dataset: TokenDataset, *, sequence_length: int) -> dict[str, Any]:
+    """Score every document of `dataset`; `sequence_length` is the length of training.
+
+    Returns loss (mean, in nats), bits_per_byte, perplexity, tokens (predicted), bytes,
+    by_position, documents, sequence_length and context. Matrix products are bf16 on CUDA, as in
+    training, and of the model's own dtype elsewhere.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+    if dataset.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"dataset must have at most the model's {model.config.vocab_size} token ids, "
+            f"got {dataset.vocab_size}"
+        )
+    context = EXTRAPOLATION * sequence_length
+    nats = np.zeros(context)
+    targets = np.zeros(context, dtype=np.int64)
+    device = model.device
+    model.eval()
+    for row in _rows(dataset, context):
+        inputs = torch.from_numpy(np.concatenate([inputs for inputs, _ in row]))[None]
+        labels = torch.from_numpy(np.concatenate([labels for _, labels in row]))[None]
+        lengths = [len(inputs) for inputs, _ in row]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = model.token_losses(
+                inputs.to(device), labels.to(device), cu_seqlens=cu_seqlens.to(device)
+            )
+        position = np.concatenate([np.arange(length) for length in lengths])
+        nats += np.bincount(position, losses[0].double().cpu().numpy(), minlength=context)
+        targets += np.bincount(position, minlength=context)
+    loss = float(nats.sum() / targets.sum())
+    return {
+        "loss": loss,
+        "bits_per_byte": float(nats.sum() / math.log(2) / dataset.num_bytes),
+        "perplexity": math.exp(loss),
+        "tokens": int(targets.sum()),
+        "bytes": dataset.num_bytes,
+        "by_position": [
+            {
+                "start": start,
+                "end": end,
+                "perplexity": math.exp(nats[start:end].sum() / targets[start:end].sum()),
+            }
+            for start, end in _buckets(context)
+            if targets[start:end].any()
+        ],
+        "documents": dataset.num_documents,
+        "sequence_length": sequence_length,
+        "context": context,
+    }
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, *, out: Path, data: Path | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """`evaluate` a checkpoint on a validation split; write eval.json and eval.png into `out`.
+
+    Without `data` it is the folder that the run was trained on. A folder that another tokenizer
+    encoded is refused: its ids mean other text.
+    """
+    model, _, chosen = load_checkpoint(checkpoint)
+    record = _training_record(chosen)
+    sequence_length = model.config.max_position_embeddings
+    if record:
+        sequence_length = record["run"]["data"]["sequence_length"]
+        data = data or Path(record["data"]["path"])
+    if data is None:
+        raise ValueError(f"{chosen} does not say what it was trained on; give --data DIR")
+    dataset = TokenDataset(data, "validation")
+    theirs, ours = load_encoder(data / "tokenizer"), load_encoder(chosen)
+    if (theirs.separator, theirs.tokenizer.to_str()) != (ours.separator, ours.tokenizer.to_str()):
+        raise ValueError(f"{data} was encoded with another tokenizer than that of {chosen}")
+    result = evaluate(model.to(device), dataset, sequence_length=sequence_length)
+    result |= {
+        "checkpoint": str(chosen),
+        "data": str(data),
+        "tokenizer_sha256": dataset.manifest.tokenizer_sha256,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(result, out / "eval.png")
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result of `evaluate_checkpoint` as tables."""
+    scores = Table(box=box.SIMPLE, title=result["checkpoint"])
+    for name in ("loss", "bits_per_byte", "perplexity", "tokens", "bytes"):
+        scores.add_column(name.replace("_", " "), justify="right")
+    scores.add_row(
+        *(f"{result[name]:.4f}" for name in ("loss", "bits_per_byte", "perplexity")),
+        *(f"{result[name]:,}" for name in ("tokens", "bytes")),
+    )
+    positions = Table(box=box.SIMPLE)
+    positions.add_column("position", justify="right")
+    positions.add_column("perplexity", justify="right")
+    for bucket in result["by_position"]:
+        span = f"{bucket['start']:,} to {bucket['end'] - 1:,}"
+        positions.add_row(span, f"{bucket['perplexity']:.3f}")
+    console = Console()
+    console.print(scores, positions)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw perplexity by position, with the length of training marked, as a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'gdn2[eval]'") from error
+    buckets = result["by_position"]
+    edges = [max(bucket["start"], 1) for bucket in buckets] + [buckets[-1]["end"]]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.stairs([bucket["perplexity"] for bucket in buckets], edges, baseline=None, linewidth=2)
+    axes.axvline(result["sequence_length"], color="gray", linestyle="--", linewidth=1)
+    axes.annotate(
+        " training length",
+        (result["sequence_length"], 1),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="gray",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the document (tokens)")
+    axes.set_ylabel("perplexity")
+    axes.set_title(f"{result['bits_per_byte']:.3f} bits per byte, {result['tokens']:,} tokens")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _training_record(folder: Path) -> dict[str, Any]:
+    """What training wrote beside the weights; nothing for weights from elsewhere."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+Piece = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs, labels
+
+
+def _pieces(dataset: TokenDataset, context: int) -> Iterator[Piece]:
+    documents = range(dataset.num_documents)
+    for index in track(documents, "scoring documents", console=Console(stderr=True)):
+        tokens = dataset.document(index)
+        labels = np.append(tokens[1:], dataset.separator)
+        for start in range(0, len(tokens), context):
+            yield tokens[start : start + context], labels[start : start + context]
+
+
+def _rows(dataset: TokenDataset, context: int) -> Iterator[list[Piece]]:
+    """Pieces in order, packed to rows of at most ROW_TOKENS where a piece is not longer."""
+    row: list[Piece] = []
+    size = 0
+    for piece in _pieces(dataset, context):
+        if row and size + len(piece[0]) > ROW_TOKENS:
+            yield row
+            row, size = [], 0
+        row.append(piece)
+        size += len(piece[0])
+    if row:
+        yield row
+
+
+def _buckets(context: int) -> list[tuple[int, int]]:
+    """[0, b), [b, 2b), [2b, 4b) ... up to context."""
+    edges = [context]
+    while edges[-1] % 2 == 0 and edges[-1] // 2 >= SHORTEST_BUCKET:
+        edges.append(edges[-1] // 2)
+    return list(zip([0, *edges[:0:-1]], edges[::-1], strict=True))

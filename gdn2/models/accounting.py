@@ -1,0 +1,106 @@
+"""What a model costs: parameters by part, FLOPs per token, bytes of state per sequence.
+
+Everything is counted from the layers themselves, built without memory on the meta device.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdn2.layers import Attention, DeltaMixer
+from gdn2.models.configuration import Gdn2Config
+from gdn2.models.mixers import MIXERS
+from gdn2.modules.mlp import SwiGLU
+
+RECURRENT_STATE_BYTES = 4  # the state is fp32 whatever the model is
+
+
+def account(
+    config: Gdn2Config, *, length: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, dict[str, Any]]:
+    """Parameters, FLOPs per token and state bytes of a model, as nested dicts of integers.
+
+    parameters: embedding, mixers (by name), mlps, norms (of the blocks), final_norm, head (0 if
+        tied to the embedding); blocks = mixers + mlps + norms; total.
+
+    flops_per_token: of the forward pass, averaged over a sequence of `length`, a multiply-add as
+        two. projections: 2 per weight of a linear map. convolutions: 2 per tap. operator: 7 per
+        entry of the recurrent state (decay 1, read to erase 2, write 2, read 2), which is the
+        token recurrence and not what a chunked algorithm spends. attention: 4 per channel and
+        visible token (scores 2, values 2). head: 2 per weight. Norms, gates and activations count
+        nothing. training = 3 x forward: the backward pass does every product twice.
+
+    state_bytes: what generation carries from token to token for one sequence. recurrent: fp32
+        [HV, K, V] per layer. convolution: the last W - 1 inputs, in `dtype`. attention: keys and
+        values, in `dtype`, of the window, or of `length` tokens with full attention.
+    """
+    with torch.device("meta"):
+        layers = {name: MIXERS[name].build(config) for name in config.layer_mixers}
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+    depth = config.num_hidden_layers
+    mixers = [layers[name] for name in config.layer_mixers]
+    delta = [layer for layer in mixers if isinstance(layer, DeltaMixer)]
+    attention = [layer for layer in mixers if isinstance(layer, Attention)]
+
+    by_name = {
+        name: config.layer_mixers.count(name) * _weights(layer) for name, layer in layers.items()
+    }
+    embedding = config.vocab_size * config.hidden_size
+    parameters: dict[str, Any] = {
+        "embedding": embedding,
+        "mixers": by_name,
+        "mlps": depth * _weights(mlp),
+        "norms": 2 * depth * config.hidden_size,
+        "final_norm": config.hidden_size,
+        "head": 0 if config.tie_word_embeddings else embedding,
+    }
+    parameters["blocks"] = sum(by_name.values()) + parameters["mlps"] + parameters["norms"]
+    outside = ("embedding", "final_norm", "head")
+    parameters["total"] = parameters["blocks"] + sum(parameters[part] for part in outside)
+
+    linear = sum(_weights(layer, nn.Linear) for layer in mixers) + depth * _weights(mlp, nn.Linear)
+    flops = {
+        "projections": 2 * linear,
+        "convolutions": 2 * sum(_weights(layer, nn.Conv1d) for layer in delta),
+        "operator": 7 * sum(_state_entries(layer) for layer in delta),
+        "attention": round(sum(4 * _channels(x) * _visible(x, length) for x in attention)),
+        "head": 2 * embedding,
+    }
+    flops["forward"] = sum(flops.values())
+    flops["training"] = 3 * flops["forward"]
+
+    state = {
+        "recurrent": RECURRENT_STATE_BYTES * sum(_state_entries(layer) for layer in delta),
+        "convolution": dtype.itemsize * sum(_conv_entries(layer) for layer in delta),
+        "attention": dtype.itemsize
+        * sum(2 * _channels(x) * (x.window or length) for x in attention),
+    }
+    state["total"] = sum(state.values())
+    return {"parameters": parameters, "flops_per_token": flops, "state_bytes": state}
+
+
+def _weights(module: nn.Module, kind: type[nn.Module] | None = None) -> int:
+    """Parameters of a module, or only the weight matrices of its parts of one kind."""
+    if kind is None:
+        return sum(parameter.numel() for parameter in module.parameters())
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, kind))
+
+
+def _state_entries(layer: DeltaMixer) -> int:
+    return layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
+
+
+def _conv_entries(layer: DeltaMixer) -> int:
+    convs = [part for part in layer.modules() if isinstance(part, nn.Conv1d)]
+    return sum(conv.out_channels * (conv.kernel_size[0] - 1) for conv in convs)
+
+
+def _channels(layer: Attention) -> int:
+    return layer.num_heads * layer.head_dim
+
+
+def _visible(layer: Attention, length: int) -> float:
+    """Mean number of tokens that a token of a sequence sees, itself included."""
+    window = min(layer.window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length

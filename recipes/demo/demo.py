@@ -1,0 +1,182 @@
+"""Train small models on this machine's own Python library, and compare them.
+
+Everything that takes time is a `gdn2` command, called in this process: it is printed, the report
+lists it, and it goes on where it was interrupted.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from gdn2.models.accounting import account
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gdn2 import cli
+from gdn2.data import Encoder, TokenDataset, load_encoder
+from gdn2.evals.sampling import sample_text
+from gdn2.models.loading import load_checkpoint
+from gdn2.presets import load_preset
+from gdn2.train import Run
+from gdn2.train.record import commit
+
+from .baselines import ByteNgram, compressed_bits_per_byte
+from .corpus import seen_documents, split_documents
+from .report import BASELINES, Report, Twin, passed, write_report
+
+TWINS = MappingProxyType(  # name in the report -> preset
+    {
+        "gdn2": "demo_gdn2",
+        "kda": "demo_kda",
+        "gated_deltanet": "demo_gated_deltanet",
+        "gdn2_hybrid": "demo_gdn2_hybrid",
+    }
+)
+TITLES = {
+    "gdn2": "GDN-2",
+    "kda": "KDA",
+    "gated_deltanet": "Gated DeltaNet",
+    "gdn2_hybrid": "GDN-2 + window",
+}
+VALIDATION_FRACTION = 0.03  # the usual 1% is half a dozen files of the standard library
+PROMPTS = ("import ", "def ")
+SAMPLING = {"max_new_tokens": 160, "temperature": 0.8, "top_p": 0.95}
+SMOOTHING = 0.05  # weight of one step in the running mean of the plotted loss
+PLOTTED_POINTS = 400
+
+
+class CommandFailed(Exception):
+    """A command ended with this exit code, and has said why."""
+
+
+def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TWINS) -> Report:
+    """Prepare, train, evaluate, sample; write report.json and report.html into `out`."""
+    console = Console()
+    data = out / "data"
+    runs = {name: load_preset(preset) for name, preset in twins.items()}
+    first = next(iter(runs.values()))
+    tokenizer = ["--vocab-size", first.model.vocab_size]
+    commands = [
+        ["prepare", source, "--out", data, *tokenizer, "--val-fraction", VALIDATION_FRACTION],
+        *(["train", twins[name], "--data", data, "--out", out / name] for name in runs),
+        *(["eval", out / name] for name in runs),
+    ]
+    lines = []
+    for command in commands:
+        words = [str(word) for word in command]
+        lines.append(shlex.join(["gdn2", *words]))
+        console.print(f"\n[bold]$ {escape(lines[-1])}[/]", soft_wrap=True)
+        code = cli.main(words)
+        if code:
+            raise CommandFailed(code)
+
+    console.print("\nsampling, gzip, xz and the 5-gram", soft_wrap=True)
+    encoder = load_encoder(data / "tokenizer")
+    training, validation = TokenDataset(data, "train"), TokenDataset(data, "validation")
+    texts = split_documents(validation, encoder)
+    seen = seen_documents(training, encoder, first)
+    report = Report(
+        twins=[_twin(name, run, out / name, training, encoder) for name, run in runs.items()],
+        baselines={
+            **compressed_bits_per_byte(texts),
+            "ngram5": ByteNgram(seen).bits_per_byte(texts),
+        },
+        validation_bytes=validation.num_bytes,
+        validation_documents=validation.num_documents,
+        training_bytes=sum(map(len, seen)),
+        sequence_length=first.data.sequence_length,
+        machine=_machine(),
+        versions=_versions(),
+        commit=commit() or "unknown",
+        commands=lines,
+    )
+    write_report(report, out)
+    _show(report, console)
+    console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True)
+    return report
+
+
+def _twin(name: str, run: Run, folder: Path, training: TokenDataset, encoder: Encoder) -> Twin:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "eval.json").read_text())
+    sizes = account(run.model, length=run.data.sequence_length)
+    model, _, _ = load_checkpoint(folder)
+    samples = []
+    for prompt in PROMPTS:
+        text: list[str] = []
+        sample_text(model, encoder, prompt, on_text=text.append, **SAMPLING)
+        samples.append((prompt, "".join(text)))
+    return Twin(
+        name=name,
+        title=TITLES[name],
+        parameters=sizes["parameters"]["total"],
+        state_bytes=sizes["state_bytes"]["total"],
+        bits_per_byte=scores["bits_per_byte"],
+        perplexity=scores["perplexity"],
+        by_position=scores["by_position"],
+        tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows),
+        curve=_curve(rows, bits=training.num_tokens / training.num_bytes / math.log(2)),
+        samples=samples,
+    )
+
+
+def _curve(rows: Sequence[dict[str, Any]], *, bits: float) -> list[tuple[float, float]]:
+    """Running mean of the loss in bits per byte; `bits` of them are a nat per token."""
+    points, total, weight = [], 0.0, 0.0
+    for row in rows:
+        total += SMOOTHING * (row["loss"] - total)
+        weight += SMOOTHING * (1 - weight)  # the share of `total` that is not its initial zero
+        points.append((row["tokens"], bits * total / weight))
+    return points[:: -(-len(points) // PLOTTED_POINTS)]
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "system": platform.platform(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
+
+
+def _show(report: Report, console: Console) -> None:
+    table = Table(box=box.SIMPLE)
+    table.add_column("model")
+    for head in ("parameters", "tokens/s", "perplexity", "bits per byte"):
+        table.add_column(head, justify="right")
+    table.add_column("has passed")
+    for twin in report.twins:
+        table.add_row(
+            twin.title,
+            f"{twin.parameters:,}",
+            f"{twin.tokens_per_second:,.0f}",
+            f"{twin.perplexity:.2f}",
+            f"{twin.bits_per_byte:.3f}",
+            ", ".join(BASELINES[name] for name in passed(twin, report.baselines)) or "none",
+        )
+    table.add_section()
+    for name, value in report.baselines.items():
+        table.add_row(BASELINES[name], "", "", "", f"{value:.3f}", style="dim")
+    console.print(table)
