@@ -1,0 +1,279 @@
+"""The delta family: Gated DeltaNet-2, Gated DeltaNet and KDA differ in their gates alone.
+
+Axes: B batch, T time, N sequences, D model width, H key heads, HV value heads (a multiple of H),
+K key channels, V value channels, W taps of the short convolution. Equation numbers are those of
+docs/math.md.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gdn2.modules.gates import (
+    Gates,
+    gate,
+    log_decay,
+    low_rank,
+    reset_rate,
+    reset_step_bias,
+    split_heads,
+)
+from gdn2.modules.linear import XavierLinear
+from gdn2.modules.norm import GatedRMSNorm, l2_norm
+from gdn2.ops import causal_conv, causal_conv_step, gated_delta_rule, gated_delta_step
+
+STATISTICS_SAMPLES = 64  # tokens of a sequence that the gate means look at
+
+
+class DeltaState(NamedTuple):
+    """What a delta layer remembers of N sequences, whatever their lengths.
+
+    state: ``[N, HV, K, V]``, float32 (float64 in a float64 model).
+    q_conv, k_conv, v_conv: ``[N, channels, W - 1]``, the last inputs of the short convolutions.
+    """
+
+    state: Tensor
+    q_conv: Tensor
+    k_conv: Tensor
+    v_conv: Tensor
+
+    def select(self, index: Tensor) -> "DeltaState":
+        """The states of the sequences `index`, copied."""
+        return DeltaState(*(x[index] for x in self))
+
+
+class DeltaMixer(nn.Module):
+    """A gated delta rule with its projections; a member of the family says what its gates are.
+
+        q = l2(silu(conv(x W_q))) / sqrt(K)    k = l2(silu(conv(x W_k)))    v = silu(conv(x W_v))
+        o = gated_delta_rule(q, k, v, gates(x))                                        (Eq. 10)
+        y = (RMSNorm(o) * act(x W_g)) W_o
+
+    Args:
+        hidden_size: D.
+        num_heads: H. num_v_heads: HV, None for H.
+        head_k_dim: K. head_v_dim: V, None for K.
+        conv_size: W.
+        erase_range: upper end of the erase gate, 1.0, or 2.0 to allow negative eigenvalues. Where
+            erase and write are one gate (Gated DeltaNet, KDA), of both.
+        output_gate: act, "silu" or "sigmoid". None: the member's own.
+        output_gate_rank: rank of W_g. None: full. "native": the member's own.
+        norm_eps: epsilon of the output norm.
+    """
+
+    native_output_gate: str
+    native_gate_is_low_rank: bool  # through V channels
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_v_heads: int | None = None,
+        head_k_dim: int = 128,
+        head_v_dim: int | None = None,
+        conv_size: int = 4,
+        erase_range: float = 1.0,
+        output_gate: str | None = None,
+        output_gate_rank: int | Literal["native"] | None = "native",
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        num_v_heads, head_v_dim = num_v_heads or num_heads, head_v_dim or head_k_dim
+        if num_v_heads % num_heads:
+            raise ValueError(
+                f"num_v_heads must be a multiple of num_heads {num_heads}, got {num_v_heads}"
+            )
+        if erase_range not in (1.0, 2.0):
+            raise ValueError(f"erase_range must be 1.0 or 2.0, got {erase_range}")
+        self.hidden_size, self.num_heads, self.num_v_heads = hidden_size, num_heads, num_v_heads
+        self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
+        self.erase_range = erase_range
+        keys, values = num_heads * head_k_dim, num_v_heads * head_v_dim
+
+        self.q_proj = XavierLinear(hidden_size, keys, bias=False)
+        self.k_proj = XavierLinear(hidden_size, keys, bias=False)
+        self.v_proj = XavierLinear(hidden_size, values, bias=False)
+        self.q_conv1d = nn.Conv1d(keys, keys, conv_size, groups=keys, bias=False)
+        self.k_conv1d = nn.Conv1d(keys, keys, conv_size, groups=keys, bias=False)
+        self.v_conv1d = nn.Conv1d(values, values, conv_size, groups=values, bias=False)
+        self.build_gates()
+        if output_gate_rank == "native":
+            output_gate_rank = head_v_dim if self.native_gate_is_low_rank else None
+        self.g_proj = low_rank(hidden_size, output_gate_rank, values, bias=True)
+        activation = output_gate or self.native_output_gate
+        self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, activation=activation)
+        self.o_proj = XavierLinear(values, hidden_size, bias=False)
+        self.gate_means: dict[str, Tensor] = {}
+        self.reset_parameters()
+
+    def build_gates(self) -> None:
+        """Create the parameters of `gates`, A_log and dt_bias among them if there is a decay."""
+        raise NotImplementedError
+
+    def gates(self, x: Tensor) -> Gates:
+        """Gates of ``x [..., D]``."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters that the member owns itself; submodules know their own laws."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, *, state: DeltaState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, DeltaState]:
+        """``x [B, T, D] -> (y [B, T, D], state)``; the given state is left as it is.
+
+        cu_seqlens ``[N + 1]`` packs N sequences into one row; without it N = B.
+        """
+
+        def convolve(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            return causal_conv(x, weight, state=past, cu_seqlens=cu_seqlens)
+
+        q, k, v, *convs = self._queries_keys_values(x, state, convolve)
+        gates = self.gates(x)
+        self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
+        out, memory = gated_delta_rule(
+            q,
+            k,
+            v,
+            **gates._asdict(),
+            scale=self.head_k_dim**-0.5,
+            state=None if state is None else state.state,
+            cu_seqlens=cu_seqlens,
+        )
+        return self._read_out(x, out), DeltaState(memory, *convs)
+
+    def step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        """One token, ``x [B, D] -> (y [B, D], state)``; the state is updated in place."""
+
+        def convolve(x: Tensor, weight: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+            return causal_conv_step(x, weight, state=past)
+
+        q, k, v, *_ = self._queries_keys_values(x, state, convolve)
+        out, _ = gated_delta_step(
+            q,
+            k,
+            v,
+            **self.gates(x)._asdict(),
+            scale=self.head_k_dim**-0.5,
+            state=state.state,
+        )
+        return self._read_out(x, out), state
+
+    def _queries_keys_values(
+        self, x: Tensor, state: DeltaState | None, convolve: Callable
+    ) -> list[Tensor]:
+        """q, k ``[..., H, K]``, v ``[..., HV, V]`` and the three convolution states."""
+        past = (None, None, None) if state is None else state[1:]
+        q, q_conv = convolve(self.q_proj(x), self.q_conv1d.weight[:, 0], past[0])
+        k, k_conv = convolve(self.k_proj(x), self.k_conv1d.weight[:, 0], past[1])
+        v, v_conv = convolve(self.v_proj(x), self.v_conv1d.weight[:, 0], past[2])
+        q, k = l2_norm(split_heads(q, self.num_heads)), l2_norm(split_heads(k, self.num_heads))
+        return [q, k, split_heads(v, self.num_v_heads), q_conv, k_conv, v_conv]
+
+    def _read_out(self, x: Tensor, out: Tensor) -> Tensor:
+        """Norm and output gate per value head, then the output map."""
+        out = self.o_norm(out, split_heads(self.g_proj(x), self.num_v_heads))
+        return self.o_proj(out.flatten(-2))
+
+    @torch.no_grad()
+    def _record(self, gates: Gates, every: int) -> None:
+        """Remember the mean of each gate over every few tokens, for the model's statistics."""
+        sample = {name: x[:, ::every] for name, x in gates._asdict().items() if x is not None}
+        if "log_decay" in sample:
+            sample["decay"] = sample.pop("log_decay").exp()
+        self.gate_means = {name: x.detach().mean() for name, x in sample.items()}
+
+
+class GatedDeltaNet2(DeltaMixer):
+    """GDN-2: decay and erase per key channel, write per value channel (Eqs. 11, 12).
+
+        log_decay = -exp(A_log) * softplus(f_proj(x) + dt_bias)     [B, T, H, K]
+        erase     = erase_range * sigmoid(b_proj(x))                [B, T, H, K]
+        write     = sigmoid(w_proj(x))                              [B, T, HV, V]
+
+    Parameter names are those of the official checkpoints.
+    """
+
+    native_output_gate = "silu"
+    native_gate_is_low_rank = True
+
+    def build_gates(self) -> None:
+        keys, values = self.num_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
+        self.f_proj = low_rank(self.hidden_size, self.head_v_dim, keys)
+        self.b_proj = XavierLinear(self.hidden_size, keys, bias=False)
+        self.w_proj = XavierLinear(self.hidden_size, values, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(keys))
+
+    def reset_parameters(self) -> None:
+        reset_rate(self.A_log, 1.0, 16.0)
+        reset_step_bias(self.dt_bias)
+
+    def gates(self, x: Tensor) -> Gates:
+        H, HV = self.num_heads, self.num_v_heads
+        return Gates(
+            log_decay=log_decay(
+                split_heads(self.f_proj(x), H), self.A_log[:, None], split_heads(self.dt_bias, H)
+            ),
+            erase=gate(split_heads(self.b_proj(x), H), self.erase_range),
+            write=gate(split_heads(self.w_proj(x), HV)),
+        )
+
+
+class KimiDeltaAttention(DeltaMixer):
+    """KDA: decay per key channel of each value head, one gate per value head to erase and write.
+
+    log_decay   = -exp(A_log) * softplus(f_proj(x) + dt_bias)   [B, T, HV, K]
+    erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
+    """
+
+    native_output_gate = "sigmoid"
+    native_gate_is_low_rank = True
+
+    def build_gates(self) -> None:
+        keys = self.num_v_heads * self.head_k_dim
+        self.f_proj = low_rank(self.hidden_size, self.head_v_dim, keys)
+        self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.empty(keys))
+
+    def reset_parameters(self) -> None:
+        reset_rate(self.A_log, 1.0, 16.0)
+        reset_step_bias(self.dt_bias)
+
+    def gates(self, x: Tensor) -> Gates:
+        HV = self.num_v_heads
+        beta = gate(self.b_proj(x), self.erase_range)
+        decay = log_decay(
+            split_heads(self.f_proj(x), HV), self.A_log[:, None], split_heads(self.dt_bias, HV)
+        )
+        return Gates(log_decay=decay, erase=beta, write=beta)
+
+
+class GatedDeltaNet(DeltaMixer):
+    """Gated DeltaNet: one decay per value head, one gate per value head to erase and write.
+
+    log_decay   = -exp(A_log) * softplus(a_proj(x) + dt_bias)   [B, T, HV]
+    erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
+    """
+
+    native_output_gate = "silu"
+    native_gate_is_low_rank = False
+
+    def build_gates(self) -> None:
+        self.a_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
+        self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
+
+    def reset_parameters(self) -> None:
+        reset_rate(self.A_log, 0.01, 16.0)
+        reset_step_bias(self.dt_bias)
+
+    def gates(self, x: Tensor) -> Gates:
+        beta = gate(self.b_proj(x), self.erase_range)
+        return Gates(log_decay(self.a_proj(x), self.A_log, self.dt_bias), erase=beta, write=beta)

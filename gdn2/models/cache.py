@@ -1,0 +1,53 @@
+"""The states of all layers between two calls of a model, in the form that `generate` wants."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class Gdn2Cache(Cache):
+    """One state per layer, whatever its kind; of constant size, full attention apart.
+
+    A delta state or a ring of the last keys can not forget its last tokens, so there is no `crop`,
+    and `generate` refuses what needs one (assisted decoding).
+    """
+
+    is_compileable = False
+
+    def __init__(self, num_layers: int):
+        super().__init__(layers=[])
+        self.states: list[Any] = [None] * num_layers
+        self.num_columns = 0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __repr__(self) -> str:
+        return f"Gdn2Cache(num_layers={len(self)}, num_columns={self.num_columns})"
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.num_columns > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Columns of `input_ids` seen so far, padding included."""
+        return self.num_columns
+
+    def reset(self) -> None:
+        self.states, self.num_columns = [None] * len(self), 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.states = [state and state.select(indices) for state in self.states]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = next(len(state[0]) for state in self.states if state is not None)
+        indices = torch.arange(batch).repeat_interleave(repeats)
+        self.batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a recurrent state can not forget its last tokens")

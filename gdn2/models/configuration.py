@@ -1,0 +1,210 @@
+"""`Gdn2Config`: what a model is, and nothing about how it is trained."""
+
+import dataclasses
+import inspect
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from gdn2.models.mixers import MIXERS
+from gdn2.modules.norm import OUTPUT_GATES
+
+REMOTE_CODE = "modeling_gdn2"
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_CODE}.Gdn2Config",
+    "AutoModel": f"{REMOTE_CODE}.Gdn2Model",
+    "AutoModelForCausalLM": f"{REMOTE_CODE}.Gdn2ForCausalLM",
+}
+# What transformers itself passes beside its dataclass fields, or writes into a config.json.
+HF_KEYS = {f.name for f in dataclasses.fields(PretrainedConfig)} | {
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+class Gdn2Config(PretrainedConfig):
+    """Configuration of a language model of gated delta-rule and attention layers.
+
+    Args:
+        mixers: a name of `MIXERS` per layer, or a pattern that is repeated over the layers, such
+            as ``["gdn2", "sliding_attention"]``. `layer_types` follows from it.
+        num_heads, num_v_heads, head_k_dim, head_v_dim, conv_size, erase_range, output_gate,
+            output_gate_rank: of the delta family, as `gdn2.layers.DeltaMixer` has them.
+        intermediate_size: of the SwiGLU behind every mixer.
+        num_attention_heads, attention_head_dim, rope_theta, sliding_window: of the attention
+            layers.
+        max_position_embeddings: no position is ever embedded; the length that evaluations cut at.
+
+    The defaults are the 1.3B model. Raises ValueError, with the name, for a key that does not
+    exist and for a value of the wrong type or outside its range.
+    """
+
+    model_type = "gdn2"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2304,
+        num_hidden_layers: int = 18,
+        mixers: list[str] | str = "gdn2",
+        num_heads: int = 16,
+        num_v_heads: int | None = None,
+        head_k_dim: int = 128,
+        head_v_dim: int | None = None,
+        conv_size: int = 4,
+        erase_range: float = 1.0,
+        output_gate: str | None = None,
+        output_gate_rank: int | Literal["native"] | None = "native",
+        intermediate_size: int = 6208,
+        num_attention_heads: int = 18,
+        attention_head_dim: int = 128,
+        rope_theta: float = 10000.0,
+        sliding_window: int = 2048,
+        norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        max_position_embeddings: int = 4096,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        values = {name: value for name, value in locals().items() if name in NAMES}
+        layer_types = kwargs.pop("layer_types", None)
+        kwargs.pop("auto_map", None)
+        _check_names(kwargs)
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.mixers = [mixers] if isinstance(mixers, str) else mixers
+        self._check_values()
+        if layer_types is not None and list(layer_types) != self.layer_types:
+            raise ValueError(
+                f"layer_types follows from mixers and would be {self.layer_types}, "
+                f"got {layer_types}: set mixers"
+            )
+        super().__init__(**kwargs)
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The mixer of each layer: `mixers`, repeated if it is a pattern."""
+        return self.mixers * (self.num_hidden_layers // len(self.mixers))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Hugging Face's word for each layer's mixer."""
+        return [MIXERS[name].layer_type for name in self.layer_mixers]
+
+    def _check_values(self) -> None:
+        for name in POSITIVE_INTEGERS:
+            value = getattr(self, name)
+            optional = name in ("num_v_heads", "head_v_dim")
+            if not (_is_int(value) and value > 0) and not (optional and value is None):
+                also = " or None" if optional else ""
+                raise ValueError(f"{name} must be a positive integer{also}, got {value!r}")
+        for name in ("rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.num_v_heads is not None and self.num_v_heads % self.num_heads:
+            raise ValueError(
+                f"num_v_heads must be a multiple of num_heads = {self.num_heads}, "
+                f"got {self.num_v_heads}"
+            )
+        if isinstance(self.erase_range, bool) or self.erase_range not in (1.0, 2.0):
+            raise ValueError(f"erase_range must be 1.0 or 2.0, got {self.erase_range!r}")
+        if self.output_gate not in (None, *OUTPUT_GATES):
+            raise ValueError(
+                f"output_gate must be None (the mixer's own) or one of {OUTPUT_GATES}, "
+                f"got {self.output_gate!r}"
+            )
+        rank = self.output_gate_rank
+        if rank not in (None, "native") and not (_is_int(rank) and rank > 0):
+            raise ValueError(
+                'output_gate_rank must be "native" (the mixer\'s own), None (full) or a positive '
+                f"integer, got {rank!r}"
+            )
+        if self.attention_head_dim % 2:
+            raise ValueError(
+                f"attention_head_dim must be even (rotary pairs), got {self.attention_head_dim}"
+            )
+        self._check_mixers()
+
+    def _check_mixers(self) -> None:
+        if not isinstance(self.mixers, list | tuple) or not self.mixers:
+            raise ValueError(f"mixers must be a list of names, got {self.mixers!r}")
+        self.mixers = list(self.mixers)
+        for name in self.mixers:
+            if name not in MIXERS:
+                hint = get_close_matches(str(name), MIXERS, n=1)
+                raise ValueError(
+                    f"mixers must be names of {sorted(MIXERS)}, got {name!r}"
+                    + (f": did you mean {hint[0]!r}?" if hint else "")
+                )
+        if self.num_hidden_layers % len(self.mixers):
+            raise ValueError(
+                f"mixers has {len(self.mixers)} names, which do not divide "
+                f"num_hidden_layers = {self.num_hidden_layers}"
+            )
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Write config.json, and the module that ``trust_remote_code=True`` reads our classes from.
+
+        See `PretrainedConfig.save_pretrained`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        classes = ", ".join(path.split(".")[1] for path in AUTO_MAP.values())
+        (folder / f"{REMOTE_CODE}.py").write_text(
+            '"""The code of this model is the package gdn2."""\n\n'
+            f"from gdn2.models import {classes}  # noqa: F401\n"
+        )
+        self.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: saving again must write the same files, not copies of this package."""
+
+
+NAMES = [name for name in inspect.signature(Gdn2Config).parameters if name != "kwargs"]
+POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "num_v_heads",
+    "head_k_dim",
+    "head_v_dim",
+    "conv_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "sliding_window",
+    "max_position_embeddings",
+)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_names(kwargs: dict[str, Any]) -> None:
+    for name in kwargs:
+        if name not in HF_KEYS and not name.startswith("_"):
+            hint = get_close_matches(name, [*NAMES, "layer_types"], n=1)
+            raise ValueError(
+                f"Gdn2Config has no key {name!r}"
+                + (f": did you mean {hint[0]!r}?" if hint else f"; its keys are {NAMES}")
+            )
