@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -63,8 +64,8 @@ class Checkpoints:
             return
 
         def write(folder: Path) -> None:
+            state = _state(model, optimizer, step, tokens)
             with _one_process():
-                state = _state(model, optimizer, step, tokens)
                 dcp.save(state, checkpoint_id=folder, no_dist=True)
             write_more(folder)
 
@@ -77,8 +78,11 @@ class Checkpoints:
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put ``step`` into the model, the optimizer and torch's random generator."""
         state = _state(model, optimizer, step, tokens=0)
-        with _one_process():
-            dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
+        try:
+            with _one_process():
+                dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
+        except (OSError, EOFError, RuntimeError, ValueError) as error:
+            raise RuntimeError(f"cannot read {self.path(step)}: {error!r}") from error
         set_state_dict(
             model,
             optimizer,
@@ -106,11 +110,12 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in unfinished.rglob("*"):
             _sync(path)
         _sync(unfinished)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
         raise RuntimeError(f"cannot write {target}: {error}") from error
-    unfinished.rename(target)
-    _sync(target.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -144,6 +149,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
+    """No process group is meant, and an error is the one that happened, not a report of ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            ((reason, _),) = error.failures.values()
+            raise reason from error

@@ -27,13 +27,14 @@ from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_manifest
 from gdn2.data.shards import write_json
 from gdn2.models import Gdn2ForCausalLM
 from gdn2.train.checkpoint import Checkpoints, claim, remove_unfinished, write_folder
-from gdn2.train.config import Run
+from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
 from gdn2.train.parallel import autocast, prepare_device, to_device
 from gdn2.train.record import describe_run, refuse_another_run
 
 IGNORED = -100
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
 
 
 def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
@@ -51,6 +52,8 @@ def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
             f"the model's vocabulary, {run.model.vocab_size}, is smaller than the data's, "
             f"{manifest.vocab_size}: add model.vocab_size={manifest.vocab_size}"
         )
+    special = [name for name in SPECIAL_TOKENS if getattr(run.model, name) is None]
+    run = override_all(run, [f"model.{name}={manifest.separator}" for name in special])
     with claim(out):
         _train(run, manifest, data=data, out=out, device=place)
 

@@ -51,9 +51,10 @@ def _fit(value: Any, kind: Any) -> Any:
         return int(value)
     elif kind is float and number:
         return float(value)
-    elif origin is tuple and Ellipsis not in args and several and len(value) == len(args):
-        return tuple(map(_fit, value, args))
-    elif origin in (list, tuple, Sequence) and Ellipsis not in args[:1] and several:
+    elif origin is tuple and Ellipsis not in args:
+        if several and len(value) == len(args):
+            return tuple(map(_fit, value, args))
+    elif origin in (list, tuple, Sequence) and several:
         return [_fit(item, args[0]) for item in value]
     elif origin is dict and isinstance(value, dict):
         return {_fit(key, args[0]): _fit(item, args[1]) for key, item in value.items()}
