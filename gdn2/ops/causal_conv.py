@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops.contract import check_boundaries
+from gdn2.ops.contract import check_boundaries, check_first_order
 
 ACTIVATIONS = (None, "silu")
 
@@ -148,8 +148,8 @@ class _Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        check_first_order()
         padded, weight = ctx.saved_tensors
         W = weight.shape[1]
         T = padded.shape[1] - W + 1

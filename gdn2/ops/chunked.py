@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Schedule, Segment, build_schedule
-from gdn2.ops.contract import Operands, state_dtype
+from gdn2.ops.contract import Operands, check_first_order, state_dtype
 from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay
 from gdn2.ops.triangular import invert_unit_lower
 
@@ -62,8 +62,8 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         return out, layout.state_out(S, schedule)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dstate):
+        check_first_order()
         operands, starts = Operands(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
         layout, schedule = ctx.layout, ctx.schedule
         inputs = layout.flat(operands)

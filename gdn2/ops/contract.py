@@ -115,6 +115,20 @@ def check_state_indices(state_indices: Tensor, x: Operands) -> None:
     _check_device("state_indices", state_indices, x.q)
 
 
+def check_first_order() -> None:
+    """Refuse second derivatives at the start of a hand-written backward.
+
+    Raises:
+        RuntimeError: gradients are being recorded, which torch does in a backward only where
+            `create_graph` asks for it; the result would silently count as a constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this backward has no gradient of its own (create_graph=True): "
+            "gated_delta_rule(..., backend='reference') has"
+        )
+
+
 def _check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on the inputs' device, {like.device}, got {x.device}")

@@ -44,10 +44,11 @@ class HeadDecay:
     def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor):
         C = k.shape[1]
         below = torch.ones(C, C, dtype=torch.bool, device=k.device).tril(-1)
-        # between[r, s] = sum of log_decay over s < i <= r, summed from s upwards.
-        between = log_decay.where(below, 0.0).cumsum(1)
-        self.between = between.clamp_(min=_LOWEST).exp_().tril_()
-        self.prefix = log_decay.cumsum(1).clamp_(min=_LOWEST).exp_()  # [M, C, 1]
+        decay = log_decay.clamp(min=_LOWEST).exp_()
+        # between[r, s] = product of decay over s < i <= r: exact to a few rounding errors however
+        # strong the decay, which the exponential of a sum is not.
+        self.between = decay.where(below, 1.0).cumprod(1).tril_()
+        self.prefix = decay.cumprod(1)  # [M, C, 1]
         self.raw_rows, self.k = rows, k
         self.scores = _masked_product(rows, k).mul_(self.between.unsqueeze(2))
         self.rows = rows * self.prefix.unsqueeze(-1)

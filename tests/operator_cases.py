@@ -1,0 +1,147 @@
+"""Inputs for the operator's tests, and the one gate that every comparison with the truth passes."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn2.ops import gated_delta_rule
+
+FORMS = (None, "head", "channel")
+GATE_FORMS = list(itertools.product(FORMS, FORMS, FORMS))  # decay, erase, write
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the operator: gate forms and sizes; gates on key or on value heads."""
+
+    decay: str | None = "channel"
+    erase: str | None = "channel"
+    write: str | None = "channel"
+    B: int = 2
+    T: int = 70
+    H: int = 2
+    HV: int = 2
+    K: int = 8
+    V: int = 8
+    gates_on_value_heads: bool = False
+    cu_seqlens: tuple[int, ...] | None = None
+    scale: float = 0.3
+
+    @property
+    def N(self) -> int:
+        return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+
+def make_inputs(case: Case, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict:
+    """Random arguments of `gated_delta_rule`, ready for autograd: unit keys, erase up to 2."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def gate(form: str | None, heads: int, channels: int) -> Tensor | None:
+        if form is None:
+            return None
+        return rand(case.B, case.T, heads, *((channels,) if form == "channel" else ()))
+
+    heads = case.HV if case.gates_on_value_heads else case.H
+    decay = gate(case.decay, heads, case.K)
+    erase = gate(case.erase, heads, case.K)
+    inputs = {
+        "q": randn(case.B, case.T, case.H, case.K),
+        "k": F.normalize(randn(case.B, case.T, case.H, case.K), dim=-1),
+        "v": randn(case.B, case.T, case.HV, case.V),
+        "log_decay": None if decay is None else -4 * decay**4,
+        "erase": None if erase is None else 2 * erase,
+        "write": gate(case.write, case.HV, case.V),
+        "state": randn(case.N, case.HV, case.K, case.V),
+    }
+    return {name: x if x is None else x.to(dtype) for name, x in inputs.items()}
+
+
+def cast(inputs: dict, dtype: torch.dtype) -> dict:
+    """The same numbers in another dtype; states of half precision calls are float32."""
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        name: x if x is None else x.detach().to(state_dtype if name == "state" else dtype)
+        for name, x in inputs.items()
+    }
+
+
+def run(
+    inputs: dict, case: Case, *, backend: str | None = None, upstream_until: int | None = None
+) -> dict[str, Tensor]:
+    """Outputs, final state and all gradients of a fixed random loss on both.
+
+    With `upstream_until` the loss sees only the outputs before that position, and not the state.
+    """
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
+    cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
+    out, state = gated_delta_rule(
+        **leaves, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend
+    )
+    generator = torch.Generator().manual_seed(99)
+    d_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    d_state = torch.randn(state.shape, generator=generator, dtype=torch.float64)
+    if upstream_until is None:
+        loss = (out.double() * d_out).sum() + (state.double() * d_state).sum()
+    else:
+        loss = (out.double() * d_out)[:, :upstream_until].sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    named = {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"out": out.detach(), "new_state": state.detach(), **named}
+
+
+def error(got: Tensor, truth: Tensor, size: float | None = None) -> float:
+    """Largest difference relative to `size`, by default the largest true entry; NaN is infinite."""
+    if got.numel() == 0:
+        return 0.0
+    difference = (got.double() - truth.double()).abs().max().item()
+    if difference != difference:
+        return float("inf")
+    return difference / max(size if size is not None else largest(truth), 1e-20)
+
+
+def largest(x: Tensor) -> float:
+    return x.double().abs().max().item() if x.numel() else 0.0
+
+
+def natural_sizes(truth: dict[str, Tensor], inputs: dict) -> dict[str, float]:
+    """What each result's error is measured against where decay is so strong that its own gradient
+    vanishes: log_decay's is then a difference of terms of the size of k * d_k.
+    """
+    sizes = {name: largest(x) for name, x in truth.items()}
+    if "d_log_decay" in sizes:
+        sizes["d_log_decay"] = max(sizes["d_log_decay"], largest(inputs["k"] * truth["d_k"]))
+    return sizes
+
+
+def assert_no_worse(
+    got: dict[str, Tensor],
+    *,
+    than: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    factor: float,
+    sizes: dict[str, float] | None = None,
+) -> None:
+    """Every result's error against the truth is at most `factor` times that of `than`.
+
+    Errors below the dtype's own resolution (4 units in the last place) are equal.
+    """
+    assert got.keys() == truth.keys() == than.keys()
+    for name, true in truth.items():
+        size = largest(true) if sizes is None else sizes[name]
+        resolution = 4 * torch.finfo(than[name].dtype).eps
+        allowed = factor * max(error(than[name], true, size), resolution)
+        worst = error(got[name], true, size)
+        assert worst <= allowed, f"{name}: error {worst:.2e}, allowed {allowed:.2e}"
+
+
+def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
+    assert torch.equal(a, b), f"{what} differ by up to {(a.double() - b.double()).abs().max():.2e}"
