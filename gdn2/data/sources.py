@@ -212,7 +212,9 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors about a file's contents, as ValueErrors that name the file."""
     try:
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException) as error:
+    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a format's
+            raise
         raise ValueError(f"{path} is broken: {str(error).splitlines()[0]}") from error
 
 
