@@ -150,7 +150,7 @@ def test_extreme_gates_stay_right(extreme, decay):
     loop = run(single, case, backend="reference")
     got = run(single, case, backend="chunked")
     # The inverse's entries alternate in sign where keys repeat: rounding grows with their sum.
-    factor = 32.0 if extreme == "equal keys" else 2.0
+    factor = 32.0 if extreme == "equal keys" else 4.0
     assert_no_worse(got, than=loop, truth=truth, factor=factor, sizes=natural_sizes(truth, single))
 
 
