@@ -86,9 +86,11 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = [args.prompt] if args.prompts is None else _read_prompts(args.prompts)
     _check_device(args.device)
     from gdn2.data import load_encoder
-    from gdn2.evals.sampling import sample_text
+    from gdn2.evals.sampling import Sampling, sample_text
     from gdn2.models.loading import load_checkpoint
 
+    options = ("max_new_tokens", "temperature", "top_k", "top_p", "greedy", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in options})
     model, _, chosen = load_checkpoint(args.checkpoint)
     encoder = load_encoder(chosen)
     print(f"gdn2: {chosen}", file=sys.stderr)
@@ -96,19 +98,12 @@ def _generate(args: argparse.Namespace) -> None:
     for index, prompt in enumerate(prompts):
         if index:
             print()
-        sample_text(
-            model,
-            encoder,
-            prompt,
-            on_text=lambda text: print(text, end="", flush=True),
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            greedy=args.greedy,
-            seed=args.seed,
-        )
+        sample_text(model, encoder, prompt, sampling, on_text=_print_at_once)
         print()
+
+
+def _print_at_once(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -112,7 +112,8 @@ def evaluate_checkpoint(
     theirs, ours = load_encoder(data / "tokenizer"), load_encoder(chosen)
     if (theirs.separator, theirs.tokenizer.to_str()) != (ours.separator, ours.tokenizer.to_str()):
         raise ValueError(f"{data} was encoded with another tokenizer than that of {chosen}")
-    result = evaluate(model.to(device), dataset, sequence_length=sequence_length)
+    model.to(device)  # type: ignore[arg-type]  # the wrapper's annotation drops `self`
+    result = evaluate(model, dataset, sequence_length=sequence_length)
     result |= {
         "checkpoint": str(chosen),
         "data": str(data),
@@ -126,7 +127,7 @@ def evaluate_checkpoint(
 
 def show(result: dict[str, Any]) -> None:
     """Print a result of `evaluate_checkpoint` as tables."""
-    scores = Table(box=box.SIMPLE, title=result["checkpoint"])
+    scores = Table(box=box.SIMPLE)
     for name in ("loss", "bits_per_byte", "perplexity", "tokens", "bytes"):
         scores.add_column(name.replace("_", " "), justify="right")
     scores.add_row(
@@ -140,6 +141,7 @@ def show(result: dict[str, Any]) -> None:
         span = f"{bucket['start']:,} to {bucket['end'] - 1:,}"
         positions.add_row(span, f"{bucket['perplexity']:.3f}")
     console = Console()
+    console.print(result["checkpoint"], soft_wrap=True, markup=False, highlight=False)
     console.print(scores, positions)
 
 

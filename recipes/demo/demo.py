@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gdn2.models.accounting import account
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +23,8 @@ from rich.table import Table
 
 from gdn2 import cli
 from gdn2.data import Encoder, TokenDataset, load_encoder
-from gdn2.evals.sampling import sample_text
+from gdn2.evals.sampling import Sampling, sample_text
+from gdn2.models.accounting import account
 from gdn2.models.loading import load_checkpoint
 from gdn2.presets import load_preset
 from gdn2.train import Run
@@ -48,9 +48,9 @@ TITLES = {
     "gated_deltanet": "Gated DeltaNet",
     "gdn2_hybrid": "GDN-2 + window",
 }
-VALIDATION_FRACTION = 0.03  # the usual 1% is half a dozen files of the standard library
+VALIDATION_FRACTION = 0.05  # the usual 1% is half a dozen files of the standard library
 PROMPTS = ("import ", "def ")
-SAMPLING = {"max_new_tokens": 160, "temperature": 0.8, "top_p": 0.95}
+SAMPLING = Sampling(max_new_tokens=160, temperature=0.8, top_p=0.95)
 SMOOTHING = 0.05  # weight of one step in the running mean of the plotted loss
 PLOTTED_POINTS = 400
 
@@ -114,7 +114,7 @@ def _twin(name: str, run: Run, folder: Path, training: TokenDataset, encoder: En
     samples = []
     for prompt in PROMPTS:
         text: list[str] = []
-        sample_text(model, encoder, prompt, on_text=text.append, **SAMPLING)
+        sample_text(model, encoder, prompt, SAMPLING, on_text=text.append)
         samples.append((prompt, "".join(text)))
     return Twin(
         name=name,

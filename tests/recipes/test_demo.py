@@ -1,0 +1,138 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gdn2 import presets
+from gdn2.train import Run, override_all
+from recipes.demo.demo import CommandFailed, run_demo
+from recipes.demo.report import Report, render_html
+
+SOURCE = '''def gate_{n}(state, decay):
+    """Return <b>state</b> & decay, {n} times."""
+    for step in range({n}):
+        state = state * decay
+    return state
+'''
+MIXERS = {"gdn2": ["gdn2"], "gdn2_hybrid": ["gdn2", "sliding_attention"]}
+
+
+def tiny(mixers: list[str]) -> Callable[[], Run]:
+    def preset() -> Run:
+        settings = ["schedule.total_tokens=3072", "model.vocab_size=400"]
+        return override_all(presets.debug(), [*settings, f"model.mixers={json.dumps(mixers)}"])
+
+    return preset
+
+
+class Tags(HTMLParser):
+    """Opening tags that were never closed, and everything that is fetched."""
+
+    VOID = ("meta", "br", "line", "circle", "polyline", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.fetched += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def parse(html: str) -> Tags:
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == []
+    return tags
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "source").mkdir()
+    for n in range(150):
+        (folder / "source" / f"gate_{n}.py").write_text(SOURCE.replace("{n}", str(n)) * (n % 5 + 1))
+    out = folder / "runs" / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, mixers in MIXERS.items():
+            patch.setitem(presets.PRESETS, f"tiny_{name}", tiny(mixers))
+        twins = {name: f"tiny_{name}" for name in MIXERS}
+        return run_demo(out, source=str(folder / "source"), twins=twins), out
+
+
+def test_report_json_has_what_scripts_rely_on(demo: tuple[Report, Path]) -> None:
+    report = json.loads((demo[1] / "report.json").read_text())
+    assert list(report) == [
+        "twins",
+        "baselines",
+        "validation_bytes",
+        "machine",
+        "versions",
+        "commit",
+    ]
+    assert [twin["name"] for twin in report["twins"]] == list(MIXERS)
+    for twin in report["twins"]:
+        assert set(twin) == {"name", "parameters", "bits_per_byte", "tokens_per_second"}
+        scores = json.loads((demo[1] / twin["name"] / "eval.json").read_text())
+        assert twin["bits_per_byte"] == scores["bits_per_byte"]
+        assert report["validation_bytes"] == scores["bytes"]
+    assert set(report["baselines"]) == {"gzip", "xz", "ngram5"}
+    assert all(0 < value < 8 for value in report["baselines"].values())
+
+
+def test_report_html_stands_alone(demo: tuple[Report, Path]) -> None:
+    html = (demo[1] / "report.html").read_text(encoding="utf-8")
+    tags = parse(html)
+    assert tags.fetched == []
+    assert not tags.seen & {"script", "link", "img", "iframe"}
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "gdn2 prepare" in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_text_of_models_and_machines_cannot_break_the_page(demo: tuple[Report, Path]) -> None:
+    evil = "<script>alert('&')</script>"
+    twins = [replace(twin, title=evil, samples=[(evil, evil * 2)]) for twin in demo[0].twins]
+    report = replace(
+        demo[0],
+        twins=twins,
+        machine={"processor": evil},
+        versions={evil: evil},
+        commit=evil,
+        commands=[evil],
+    )
+    html = render_html(report)
+    assert "script" not in parse(html).seen
+    assert "<script" not in html
+
+
+def test_the_verdict_names_what_is_passed_and_what_is_not(demo: tuple[Report, Path]) -> None:
+    bits = min(twin.bits_per_byte for twin in demo[0].twins)
+    above, below = bits + 1, bits - 1
+
+    def verdict(**baselines: float) -> str:
+        return render_html(replace(demo[0], baselines=baselines))
+
+    some = verdict(gzip=above, xz=below, ngram5=below)
+    assert "It has passed gzip -9, not yet xz -9 and byte 5-gram." in some
+    assert "It has passed no baseline yet." in verdict(gzip=below, xz=below, ngram5=below)
+    all_passed = verdict(gzip=above, xz=above, ngram5=above)
+    assert "It has passed gzip -9, xz -9 and byte 5-gram." in all_passed
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        run_demo(tmp_path / "out", source=str(tmp_path / "nowhere"), twins={"gdn2": "debug"})
+    assert failed.value.args == (2,)

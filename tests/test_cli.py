@@ -1,0 +1,280 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn2 import cli
+from gdn2.data import load_manifest
+
+TEXT = "The gate opens and the state decays. The gate closes and the state remains.\n"
+TINY_RUN = (
+    "schedule.total_tokens=4096",
+    "schedule.warmup_tokens=0",
+    "log.validate_every_tokens=none",
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = [{"text": f"{n}. " + TEXT * (1 + n % 7)} for n in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(texts: Path) -> Path:
+    out = texts.parent / "data"
+    assert gdn2("prepare", texts, "--out", out, "--vocab-size", 300, "--val-fraction", 0.1) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    out = data.parent / "run"
+    assert gdn2("train", "debug", "--data", data, TINY_RUN[0], "--out", out, *TINY_RUN[1:]) == 0
+    return out
+
+
+def gdn2(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of stderr: what went wrong, after whatever progress there was."""
+    text = capsys.readouterr().err
+    assert text.endswith("\n")
+    assert "Traceback" not in text
+    return text.splitlines()[-1]
+
+
+# --- wrong input ---
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("prepare --out DIR", "SOURCE"),
+        ("prepare nowhere.txt --out OUT", "nowhere.txt does not exist"),
+        ("prepare TEXTS", "--out"),
+        ("prepare TEXTS --out OUT --vocab-size many", "invalid int value: 'many'"),
+        ("prepare TEXTS --out OUT --vocab-size 300 --tokenizer DIR", "not allowed with"),
+        ("prepare TEXTS --out OUT --vocab-size 3", "vocab"),
+        ("prepare TEXTS --out OUT --val-fraction 2", "val_fraction"),
+        ("prepare TEXTS --out OUT --text-column body", "no column 'body'; it has: text"),
+        ("prepare TEXTS --out OUT optim.lr=1", "unrecognized arguments: optim.lr=1"),
+        ("train demo_gdn --data DIR --out OUT", "demo_gdn2"),
+        ("train debug --out OUT", "--data"),
+        ("train debug --data nowhere --out OUT", "nowhere"),
+        ("train debug --data DIR --out OUT extra", "unrecognized arguments: extra"),
+        ("train debug --data DIR --out OUT --lr 3", "unrecognized arguments: --lr"),
+        ("train debug --data DIR --out OUT --optim.lr=3", "unrecognized arguments: --optim.lr=3"),
+        ("train debug --data DIR --out OUT optim.rl=3", "no field 'rl'"),
+        ("train debug --data DIR --out OUT optim.lr=fast", "optim.lr must be float, got 'fast'"),
+        ("train debug --data DIR --out OUT --device tpu", "invalid choice: 'tpu'"),
+        ("train debug --dat DIR --out OUT", "--data"),
+        ("eval nowhere", "nowhere"),
+        ("eval DIR", "no checkpoint in"),
+        ("eval RUN --data nowhere", "nowhere"),
+        ("generate RUN", "--prompt"),
+        ("generate RUN --prompt a --prompts TEXTS", "not allowed with"),
+        ("generate RUN --prompts nowhere.txt", "nowhere.txt"),
+        ("generate RUN --prompts EMPTY", "has no line"),
+        ("generate nowhere --prompt a", "nowhere"),
+        ("generate RUN --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
+        ("generate RUN --prompt a --temperature 0", "temperature must be above 0"),
+        ("generate RUN --prompt a --top-k 0", "top_k must be at least 1"),
+        ("generate RUN --prompt a --top-p 1.5", "top_p must be in (0, 1]"),
+        ("info gdn_1p3b", "gdn2_1p3b"),
+        ("info debug model.hidden_size=abc", "model.hidden_size must be int, got 'abc'"),
+        ("info debug --jsn", "unrecognized arguments: --jsn"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    line: str, said: str, run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    places = {
+        "DIR": tmp_path / "folder" if line.startswith("eval DIR") else run.parent / "data",
+        "OUT": tmp_path / "out",
+        "RUN": run,
+        "TEXTS": texts,
+        "EMPTY": tmp_path / "empty.txt",
+    }
+    capsys.readouterr()
+    assert gdn2(*(places.get(word, word) for word in line.split())) == 2
+    text = complaint(capsys)
+    assert text.startswith("gdn2")
+    assert said in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["train debug --data {data} --out {out}", "eval {run}"])
+def test_cuda_without_cuda_is_refused(
+    command: str, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = command.format(data=data, run=run, out=tmp_path / "out")
+    capsys.readouterr()
+    assert gdn2(*line.split(), "--device", "cuda") == 2
+    assert "no CUDA device" in complaint(capsys)
+
+
+def test_data_of_another_tokenizer_is_refused(
+    texts: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert gdn2("prepare", texts, "--out", other, "--vocab-size", 280, "--val-fraction", 0.1) == 0
+    capsys.readouterr()
+    assert gdn2("eval", run, "--data", other, "--out", tmp_path / "scores") == 2
+    assert "another tokenizer" in complaint(capsys)
+    assert not (tmp_path / "scores").exists()
+
+
+# --- exit codes ---
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("wrong"), 2),
+        (FileNotFoundError("wrong"), 2),
+        (ImportError("wrong"), 2),
+        (NotImplementedError("wrong"), 2),
+        (RuntimeError("wrong\nover two lines"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gdn2.data.prepare", fail)
+    assert gdn2("prepare", "stdlib", "--out", "nowhere") == code
+    if code != 130:
+        assert complaint(capsys).startswith("gdn2: error: ")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("gdn2.data.prepare", fail)
+    with pytest.raises(KeyError):
+        gdn2("prepare", "stdlib", "--out", "nowhere")
+
+
+@pytest.mark.parametrize("command", ["", "prepare", "train", "eval", "generate", "info"])
+def test_help_has_examples_and_is_no_error(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gdn2(*command.split(), "--help") == 0
+    text = capsys.readouterr().out
+    assert f"usage: gdn2 {command}".strip() in text
+    assert not command or f"examples:\n  gdn2 {command} " in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from gdn2.cli import main; main(['train', '--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "transformers", "pyarrow"} & set(done.stdout.split())
+
+
+def test_a_reader_that_leaves_is_no_drama() -> None:
+    command = [sys.executable, "-m", "gdn2.cli", "info", "gdn2_1p3b"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+# --- commands ---
+
+
+def test_train_again_changes_nothing(run: Path, data: Path) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    assert gdn2("train", "debug", "--data", data, "--out", run, *TINY_RUN) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_eval_of_every_kind_of_checkpoint_is_the_same(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (step,) = sorted((run / "checkpoints").iterdir())[-1:]
+    results = []
+    for index, checkpoint in enumerate((run, step, run / "final")):
+        out = tmp_path / str(index)
+        assert gdn2("eval", checkpoint, "--out", out) == 0
+        assert (out / "eval.png").read_bytes().startswith(b"\x89PNG")
+        results.append(json.loads((out / "eval.json").read_text()))
+    names = ("loss", "bits_per_byte", "perplexity", "tokens", "bytes", "by_position")
+    first, *others = ([result[name] for name in names] for result in results)
+    assert others == [first, first]
+    validation = load_manifest(data).splits["validation"]
+    assert (results[0]["tokens"], results[0]["bytes"]) == (validation.tokens, validation.bytes)
+    assert f"{results[0]['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_eval_writes_into_the_run_by_default(run: Path) -> None:
+    assert gdn2("eval", run) == 0
+    assert json.loads((run / "eval.json").read_text())["sequence_length"] == 64
+
+
+def test_generate_prints_text_and_nothing_else(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", run, "--prompt", "The gate δ ", "--max-new-tokens", 20)
+    capfd.readouterr()
+    outputs = []
+    for options in (("--greedy",), ("--greedy",), ("--seed", 1), ("--seed", 1), ("--seed", 2)):
+        assert gdn2(*words, *options) == 0
+        outputs.append(capfd.readouterr().out)
+    assert all(text.startswith("The gate δ ") and text.endswith("\n") for text in outputs)
+    assert outputs[0] == outputs[1]
+    assert outputs[2] == outputs[3] != outputs[4]
+
+
+def test_prompts_of_a_file_do_not_disturb_each_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("The gate \nThe state \n")
+    alone = []
+    for prompt in ("The gate ", "The state "):
+        capsys.readouterr()
+        assert gdn2("generate", run, "--prompt", prompt, "--max-new-tokens", 8) == 0
+        alone.append(capsys.readouterr().out)
+    words = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8)
+    assert gdn2("generate", run, *words) == 0
+    assert capsys.readouterr().out == "\n".join(alone)
+
+
+def test_info_of_the_paper_s_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gdn2("info", "gdn2_1p3b", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["blocks"] == 1_302_638_112
+    assert facts["training"] == {
+        "tokens": 100_000_000_000,
+        "tokens_per_step": 524_288,
+        "steps": 190_735,
+    }
+    assert gdn2("info", "gdn2_1p3b_hybrid") == 0
+    assert "1,300,314,384" in capsys.readouterr().out
+
+
+def test_info_takes_overrides_wherever_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gdn2("info", "debug", "model.vocab_size=512", "--json", "optim.lr=1e-4") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["run"]["model"]["vocab_size"], facts["run"]["optim"]["lr"]) == (512, 1e-4)
