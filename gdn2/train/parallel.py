@@ -10,9 +10,9 @@ from gdn2.data import Batch
 
 def prepare_device(name: str) -> torch.device:
     """The device called ``name``; raises where this machine does not have it."""
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
     # Products that autocast leaves in fp32 (gates, states, norms) are fp32: no TF32.

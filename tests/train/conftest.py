@@ -84,12 +84,12 @@ def tiny_model() -> Callable[..., Gdn2Config]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_model) -> Run:
-    """12 steps of 4 sequences of 32 tokens; a checkpoint every 3 steps."""
+    """8 steps of 4 sequences of 32 tokens; a checkpoint every 3 steps."""
     return Run(
         model=tiny_model(),
         data=DataConfig(sequence_length=32),
         optim=OptimConfig(lr=1e-2),
-        schedule=ScheduleConfig(total_tokens=1500, warmup_tokens=200, tokens_per_step=128),
+        schedule=ScheduleConfig(total_tokens=1000, warmup_tokens=200, tokens_per_step=128),
         parallel=ParallelConfig(micro_batch_size=2),
         checkpoint=CheckpointConfig(every_tokens=384),
         log=LogConfig(validate_every_tokens=512, validation_tokens=128),

@@ -52,11 +52,11 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def run(tiny_run: Run) -> Run:
-    """24 steps with a checkpoint at every second one, so that much of the time is saving."""
+    """16 steps with a checkpoint at every second one, so that much of the time is saving."""
     return override_all(
         tiny_run,
         [
-            "schedule.total_tokens=3072",
+            "schedule.total_tokens=2048",
             "checkpoint.every_tokens=256",
             "parallel.micro_batch_size=4",
         ],
