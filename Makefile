@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+
+.PHONY: help install check test test-slow peers demo bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## create .venv with the library and what development needs
+
+# torch comes first, by itself: nothing else then chooses another build of it. A CPU build gets the
+# Triton whose interpreter the kernel tests use (its loops need numpy below 2.4).
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gdn2 needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && \
+	  $(PIP) install -q 'triton==3.6.0' 'numpy<2.4' || true
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(INSTALLED)  ## the tests that run everywhere, in minutes
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(INSTALLED)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+# The peers pin their own torch and triton; only their sources are wanted.
+peers: $(PEERS)  ## install other projects' implementations, which the tests then compare with
+$(PEERS): $(INSTALLED)
+	$(PIP) install -q --no-deps fla-core==0.6.0 flash-linear-attention==0.6.0 einops==0.8.2
+	@touch $@
+
+demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs/demo/report.html
+	$(BIN)/python -m recipes.demo
+
+clean:  ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,101 @@
+"""The wheel installs, and its core needs torch and nothing else."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CORE = """
+import sys
+import torch
+import gdn2, gdn2.ops, gdn2.modules, gdn2.layers
+from gdn2.layers import GatedDeltaNet2
+
+layer = GatedDeltaNet2(hidden_size=16, num_heads=2, head_k_dim=8, head_v_dim=8)
+y, state = layer(torch.randn(1, 5, 16))
+y.sum().backward()
+assert y.shape == (1, 5, 16)
+extras = {"transformers", "numpy", "pyarrow", "rich", "matplotlib", "tokenizers"} & set(sys.modules)
+assert not extras, extras
+print(gdn2.__version__, gdn2.__file__)
+"""
+
+
+def requirements(name: str) -> set[str]:
+    """A distribution and everything that it requires, extras aside."""
+    found, todo = set(), [name]
+    while todo:
+        distribution = todo.pop()
+        if distribution in found:
+            continue
+        found.add(distribution)
+        for line in importlib.metadata.requires(distribution) or []:
+            requirement, _, marker = line.partition(";")
+            required = re.match(r"[\w.-]+", requirement)[0]
+            try:
+                importlib.metadata.distribution(required)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            if "extra" not in marker:
+                todo.append(required)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """A Python that has the built wheel and torch with its requirements, by links, and no more."""
+    root = tmp_path_factory.mktemp("bare")
+    wheels = root / "wheels"
+    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT]
+    subprocess.run([sys.executable, "-m", "pip", *map(str, build)], check=True)
+    venv.create(root / "venv", symlinks=True)
+    site = next((root / "venv").glob("lib/python*/site-packages"))
+    for name in requirements("torch"):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            link = site / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+    (wheel,) = wheels.iterdir()
+    install = ["install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run([sys.executable, "-m", "pip", *map(str, install)], check=True)
+    return root / "venv" / "bin" / "python"
+
+
+def run(python: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # From another folder and in isolation, so that the checkout itself is not importable.
+    command = [python, "-I", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+
+
+def test_core_needs_torch_alone(bare_python):
+    done = run(bare_python, "-c", CORE)
+    assert done.returncode == 0, done.stderr
+    assert "site-packages" in done.stdout
+
+
+def test_missing_extra_fails_with_the_install_command(bare_python):
+    done = run(bare_python, "-m", "gdn2.cli", "info", "gdn2_1p3b")
+    assert done.returncode == 2
+    assert "pip install 'gdn2[" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_works_without_any_extra(bare_python):
+    done = run(bare_python, "-m", "gdn2.cli", "--help")
+    assert done.returncode == 0
+    assert "prepare" in done.stdout
+
+
+def test_wheel_holds_the_package_alone(bare_python):
+    site = bare_python.parents[1] / next(iter(bare_python.parents[1].glob("lib/*/site-packages")))
+    files = next(site.glob("gdn2-*.dist-info/RECORD")).read_text()
+    assert "gdn2/py.typed" in files
+    assert "LICENSE" in files
+    assert not re.search(r"^(tests|recipes|benchmarks)/", files, re.MULTILINE)
