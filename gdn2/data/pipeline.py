@@ -103,6 +103,8 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         journal = Journal.open(out, request)
+        if journal.sections:
+            say(f"continuing {out}: {len(journal.sections)} shards are finished")
         limit = _validation_limit(corpus, val_fraction)
         workers = min(workers or os.cpu_count() or 1, 1 + corpus.num_bytes // BYTES_PER_WORKER)
         try:

@@ -13,7 +13,7 @@ import platform
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 STDLIB = "stdlib"
-STDLIB_EXCLUDED = {"test", "tests", "idlelib", "site-packages", "__pycache__"}
+STDLIB_FOLDERS_LEFT_OUT = {"test", "tests", "idlelib", "site-packages"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 PARQUET_SUFFIXES = {".parquet"}
@@ -94,8 +94,7 @@ def find_source(name: str | os.PathLike, out: Path) -> Source:
     name = os.fspath(name)
     if name == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [f for f in _walk(root) if f.endswith(".py")]
-        files = [f for f in files if not STDLIB_EXCLUDED.intersection(Path(f).parts)]
+        files = [f for f in _walk(root, without=STDLIB_FOLDERS_LEFT_OUT) if f.endswith(".py")]
     elif Path(name).is_file():
         root, files = Path(name).parent, [Path(name).name]
     elif Path(name).is_dir():
@@ -118,11 +117,12 @@ def find_source(name: str | os.PathLike, out: Path) -> Source:
     return Source(name, root, tuple(files), tuple((root / f).stat().st_size for f in files))
 
 
-def _walk(root: Path) -> list[str]:
+def _walk(root: Path, without: Set[str] = frozenset()) -> list[str]:
     """Files below root that are not hidden, as sorted POSIX paths."""
     found = []
+    left_out = {"__pycache__", *without}
     for folder, folders, files in os.walk(root):
-        folders[:] = [d for d in folders if not d.startswith(".") and d != "__pycache__"]
+        folders[:] = [d for d in folders if not d.startswith(".") and d not in left_out]
         relative = Path(folder).relative_to(root)
         found += [(relative / f).as_posix() for f in files if not f.startswith(".")]
     return sorted(f for f in found if (root / f).is_file())
