@@ -32,6 +32,10 @@ class AttentionState(NamedTuple):
     window: int | None
 
     @property
+    def num_sequences(self) -> int:
+        return self.length.shape[0]
+
+    @property
     def kept(self) -> Tensor:
         """How many tokens of each sequence are remembered, ``[N]``."""
         return self.length if self.window is None else self.length.clamp(max=self.window)

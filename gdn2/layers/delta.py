@@ -39,6 +39,10 @@ class DeltaState(NamedTuple):
     k_conv: Tensor
     v_conv: Tensor
 
+    @property
+    def num_sequences(self) -> int:
+        return self.state.shape[0]
+
     def select(self, index: Tensor) -> "DeltaState":
         """The states of the sequences `index`, copied."""
         return DeltaState(*(x[index] for x in self))

@@ -15,6 +15,7 @@ class Gdn2Cache(Cache):
     """
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, num_layers: int):
         super().__init__(layers=[])
@@ -31,9 +32,16 @@ class Gdn2Cache(Cache):
     def is_initialized(self) -> bool:
         return self.num_columns > 0
 
+    @property
+    def batch_size(self) -> int:
+        return next((s.num_sequences for s in self.states if s is not None), -1)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Columns of `input_ids` seen so far, padding included."""
         return self.num_columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        return -1  # no limit
 
     def reset(self) -> None:
         self.states, self.num_columns = [None] * len(self), 0
@@ -45,9 +53,7 @@ class Gdn2Cache(Cache):
         self.states = [state and state.select(indices) for state in self.states]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = next(len(state[0]) for state in self.states if state is not None)
-        indices = torch.arange(batch).repeat_interleave(repeats)
-        self.batch_select_indices(indices)
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a recurrent state can not forget its last tokens")

@@ -1,0 +1,57 @@
+import pytest
+
+from gdn2.models import Gdn2Config
+
+
+def test_a_pattern_of_mixers_repeats_over_the_layers():
+    config = Gdn2Config(mixers=["gdn2", "sliding_attention"], num_hidden_layers=4)
+    assert config.mixers == ["gdn2", "sliding_attention"]
+    assert config.layer_mixers == ["gdn2", "sliding_attention"] * 2
+    assert config.layer_types == ["linear_attention", "sliding_attention"] * 2
+    assert Gdn2Config(mixers="kda").layer_mixers == ["kda"] * 18
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hiden_size": 8}, "no key 'hiden_size': did you mean 'hidden_size'"),
+        ({"frobnicate": 1}, "no key 'frobnicate'; its keys are"),
+        ({"hidden_size": "abc"}, "hidden_size must be a positive integer, got 'abc'"),
+        ({"hidden_size": 8.0}, "hidden_size must be a positive integer, got 8.0"),
+        ({"num_heads": True}, "num_heads must be a positive integer, got True"),
+        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"num_v_heads": -1}, "num_v_heads must be a positive integer or None, got -1"),
+        ({"num_v_heads": 8}, "num_v_heads must be a multiple of num_heads = 16, got 8"),
+        ({"norm_eps": "small"}, "norm_eps must be a positive number, got 'small'"),
+        ({"erase_range": 1.5}, "erase_range must be 1.0 or 2.0, got 1.5"),
+        ({"output_gate": "relu"}, "output_gate must be None .* got 'relu'"),
+        ({"output_gate_rank": 0}, "output_gate_rank must be .* got 0"),
+        ({"attention_head_dim": 65}, "attention_head_dim must be even"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"mixers": []}, "mixers must be a list of names"),
+        ({"mixers": ["gdn3"]}, "got 'gdn3': did you mean 'gdn2'"),
+        (
+            {"mixers": ["gdn2"] * 4},
+            "mixers has 4 names, which do not divide num_hidden_layers = 18",
+        ),
+        ({"mixers": ["gdn2"] * 19}, "mixers has 19 names"),
+        ({"layer_types": ["full_attention"] * 18}, "layer_types follows from mixers"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Gdn2Config(**options)
+
+
+def test_a_saved_configuration_is_the_same_configuration(tmp_path):
+    config = Gdn2Config(
+        mixers=["kda", "full_attention"], output_gate_rank=None, num_v_heads=32, eos_token_id=0
+    )
+    config.save_pretrained(tmp_path)
+    loaded = Gdn2Config.from_pretrained(tmp_path)
+    assert loaded.mixers == ["kda", "full_attention"]
+    assert loaded.output_gate_rank is None
+    assert (loaded.num_v_heads, loaded.head_v_dim, loaded.eos_token_id) == (32, None, 0)
+    first = (tmp_path / "config.json").read_text()
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == first
