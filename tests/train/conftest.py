@@ -1,10 +1,11 @@
 """A prepared folder and a run that take a second on a CPU."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gdn2.data import prepare
 from gdn2.models import Gdn2Config
@@ -48,6 +49,15 @@ def write_data(folder: Path, *, seed: int) -> Path:
         (text / f"{index}.txt").write_text(" ".join(words))
     prepare([str(text)], folder / "data", vocab_size=300, val_fraction=0.2, workers=1)
     return folder / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and a busy machine loses much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from gdn2.presets import load_preset
 from gdn2.train import Run, override_all, run_to_dict
+from gdn2.train.loop import train
 
 
 class Trainer:
     """One process that trains in children of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("trainer.py"))],
             stdin=subprocess.PIPE,
@@ -28,7 +32,13 @@ class Trainer:
 
     def start(self, run: Run, data: Path, out: Path, *, die_at: int = 0) -> int:
         """Begin, or go on with, a run; returns the process id."""
-        job = {"run": run_to_dict(run), "data": str(data), "out": str(out), "die_at": die_at}
+        job = {
+            "run": run_to_dict(run),
+            "data": str(data),
+            "out": str(out),
+            "threads": self.threads,
+            "die_at": die_at,
+        }
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
@@ -41,13 +51,16 @@ class Trainer:
         self.start(run, data, out, die_at=die_at)
         return self.wait()
 
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
 
 @pytest.fixture(scope="module")
-def trainer():
-    trainer = Trainer()
-    yield trainer
-    trainer.process.stdin.close()
-    trainer.process.wait()
+def trainer() -> Iterator[Trainer]:
+    """One thread: tensors this small gain nothing from more, and a busy machine loses much."""
+    with closing(Trainer(threads=1)) as trainer:
+        yield trainer
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +143,6 @@ def test_a_signal_from_outside_saves_and_exits_130(trainer, run, data, undisturb
 
 
 def test_two_processes_do_not_share_a_run(trainer, run, data, tmp_path):
-    from gdn2.train.loop import train
-
     child = trainer.start(run, data, tmp_path)
     until(lambda: last_step(tmp_path) >= 1)
     with pytest.raises(RuntimeError, match="in use by another training process"):
@@ -159,3 +170,21 @@ def test_killed_at_every_change_to_the_disk(trainer, run, data, undisturbed, tmp
         die_at += 1
     assert code == 0
     assert die_at > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["demo_gdn2", "demo_gdn2_hybrid"])
+def test_two_threads_and_larger_tensors_change_nothing(preset, data, tmp_path):
+    """Products and sums that threads share: their order must not depend on timing either."""
+    run = override_all(
+        load_preset(preset),
+        [
+            "schedule.total_tokens=40960",
+            "schedule.warmup_tokens=4096",
+            "checkpoint.every_tokens=8192",
+        ],
+    )
+    with closing(Trainer(threads=2)) as trainer:
+        assert trainer.train(run, data, tmp_path / "undisturbed") == 0
+        assert kill_often(trainer, run, data, tmp_path / "killed", kills=4, seed=0) == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")

@@ -30,7 +30,7 @@ def weights(out: Path) -> bytes:
     return (out / "final" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(tiny_run: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted."""
     out = tmp_path_factory.mktemp("runs") / "finished"
@@ -146,7 +146,7 @@ def test_what_is_not_finite_stops_before_the_update(
     assert without_speed(tmp_path) == without_speed(finished)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stopped(tiny_run, data, tmp_path_factory) -> Path:
     """A run that stopped after its first checkpoint, at step 3."""
     out = tmp_path_factory.mktemp("runs") / "stopped"

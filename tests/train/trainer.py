@@ -1,7 +1,8 @@
 """Trains in forked children, so that many can be killed without importing torch for each.
 
-Reads a line that is a JSON job (run, data, out, die_at) and answers with the child's process id;
-reads an empty line and answers, when the child has ended, with its exit code (-9: killed).
+Reads a line that is a JSON job (run, data, out, threads, die_at) and answers with the child's
+process id; reads an empty line and answers, when the child has ended, with its exit code (-9:
+killed).
 """
 
 import json
@@ -9,6 +10,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+
+import torch
 
 from gdn2.train import run_from_dict
 from gdn2.train.loop import train
@@ -36,6 +39,7 @@ def die_before(operation: int) -> None:
 
 def work(job: dict) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(job["threads"])
     if job["die_at"]:
         die_before(job["die_at"])
     try:
