@@ -7,12 +7,55 @@ stay in cache. Equal sequences (a batch) and packed ones of any length are the s
 Axes: n chunks of a segment, C tokens a chunk, H heads, D channels.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+
+class Workspace:
+    """Buffers by name, made once a call and used again by every segment.
+
+    Fresh memory costs a page fault for every 4 KB, which takes longer than computing on it.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; it shares memory with the last one of that name."""
+        size, buffer = math.prod(shape), self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Full chunks at ``start + step * chunk + sequence * stride``: a strided view finds them."""
+
+    start: int
+    stride: int
+    steps: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Any chunks, some of them short.
+
+    Attributes:
+        tokens: positions of the tokens in the flat token axis.
+        rows: where they go in the ``n * C`` rows of the chunks; the others are padding.
+    """
+
+    tokens: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,38 +67,48 @@ class Segment:
         steps: ``(first chunk, number of chunks)`` of each step of the scan; a step's chunks belong
             to the first of `sequences`, one each.
         chunk: tokens a chunk.
-        tokens: positions of the segment's tokens in the flat token axis.
-        places: where these tokens go in the ``n * C`` rows of the chunks; None: everywhere, in
-            order. Rows without a token are padding: zeros on load, dropped on store.
+        place: where the tokens are.
     """
 
     sequences: slice
     steps: list[tuple[int, int]]
     chunk: int
-    tokens: Tensor | slice
-    places: Tensor | slice | None
+    place: Lattice | Scattered
 
     @property
     def num_chunks(self) -> int:
         return sum(count for _, count in self.steps)
 
-    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy ``[tokens, H, D]`` into chunks ``[n, H, C, D]`` of `dtype`."""
-        rows = x[self.tokens]
-        if self.places is not None:
-            padded = rows.new_zeros(self.num_chunks * self.chunk, *x.shape[1:])
-            padded[self.places] = rows
-            rows = padded
-        chunks = rows.unflatten(0, (-1, self.chunk)).transpose(1, 2)
-        return torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks)
+    def load(self, x: Tensor, chunks: Tensor) -> Tensor:
+        """Copy tokens of x ``[tokens, H, D]`` into chunks ``[n, H, C, D]``; padding is zero."""
+        if isinstance(self.place, Lattice):
+            self._by_step(chunks).copy_(self._view(x))
+            return chunks
+        rows = x.new_zeros(self.num_chunks * self.chunk, *x.shape[1:])
+        rows.index_copy_(0, self.place.rows, x.index_select(0, self.place.tokens))
+        return chunks.copy_(rows.unflatten(0, (-1, self.chunk)).transpose(1, 2))
 
     def store(self, chunks: Tensor, x: Tensor) -> None:
         """Copy chunks ``[n, H, C, D]`` back to their tokens of x ``[tokens, H, D]``."""
-        if self.places is None and isinstance(self.tokens, slice):
-            x[self.tokens].unflatten(0, (-1, self.chunk)).copy_(chunks.transpose(1, 2))
-            return
-        rows = chunks.transpose(1, 2).flatten(0, 1)
-        x[self.tokens] = (rows if self.places is None else rows[self.places]).to(x.dtype)
+        if isinstance(self.place, Lattice):
+            self._view(x).copy_(self._by_step(chunks))
+        else:
+            rows = chunks.transpose(1, 2).flatten(0, 1).index_select(0, self.place.rows)
+            x.index_copy_(0, self.place.tokens, rows.to(x.dtype))
+
+    def _by_step(self, chunks: Tensor) -> Tensor:
+        return chunks.unflatten(0, (len(self.steps), -1))  # [steps, sequences, H, C, D]
+
+    def _view(self, x: Tensor) -> Tensor:
+        """The chunks of x as [steps, sequences, H, C, D] without a copy."""
+        token, head, channel = x.stride()
+        at = self.place
+        assert isinstance(at, Lattice)
+        return x.as_strided(
+            (at.steps, at.sequences, x.shape[1], self.chunk, x.shape[2]),
+            (self.chunk * token, at.stride * token, head, token, channel),
+            x.storage_offset() + at.start * token,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,32 +169,42 @@ def _cut_group(
     device: torch.device | None,
 ) -> Iterator[Segment]:
     """Segments of a group of (start, length) that is sorted by falling length."""
-    runs: list[list[tuple[int, int]]] = []  # (first token, tokens) of every chunk of every step
+    steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of every chunk of every step
     for offset in range(0, group[0][1], chunk):
-        active = [(start, length) for start, length in group if length > offset]
-        if runs and sum(map(len, runs)) + len(active) > chunks_per_segment:
-            yield _build_segment(runs, first_rank, chunk, device)
-            runs = []
-        runs.append([(start + offset, min(chunk, length - offset)) for start, length in active])
-    if runs:
-        yield _build_segment(runs, first_rank, chunk, device)
+        step = [(start + offset, min(chunk, length - offset)) for start, length in group]
+        step = [run for run in step if run[1] > 0]
+        too_many = sum(map(len, steps)) + len(step) > chunks_per_segment
+        # A step with short chunks or fewer sequences is best left out of a lattice.
+        irregular = steps and (len(step) < len(steps[0]) or step[-1][1] < chunk)
+        if steps and (too_many or (irregular and _lattice(steps, chunk))):
+            yield _build_segment(steps, first_rank, chunk, device)
+            steps = []
+        steps.append(step)
+    if steps:
+        yield _build_segment(steps, first_rank, chunk, device)
 
 
 def _build_segment(
     steps: list[list[tuple[int, int]]], first_rank: int, chunk: int, device: torch.device | None
 ) -> Segment:
-    runs = [run for step in steps for run in step]
     sequences = slice(first_rank, first_rank + len(steps[0]))
     firsts = accumulate((len(step) for step in steps), initial=0)
     counts = [(first, len(step)) for first, step in zip(firsts, steps, strict=False)]
-    start, total = runs[0][0], sum(size for _, size in runs)
-    places: slice | Tensor | None = None if total == chunk * len(runs) else slice(0, total)
-    consecutive = all(a + chunk == b for (a, _), (b, _) in pairwise(runs))
-    if consecutive and total > chunk * (len(runs) - 1):  # only the last chunk may be short
-        return Segment(sequences, counts, chunk, slice(start, start + total), places)
-    first, size = torch.tensor(runs, device=device).unsqueeze(-1).unbind(1)
-    row = torch.arange(chunk, device=device)
-    taken = row < size
-    if places is not None:
-        places = taken.flatten().nonzero().squeeze(1)
-    return Segment(sequences, counts, chunk, (first + row)[taken], places)
+    place: Lattice | Scattered | None = _lattice(steps, chunk)
+    if place is None:
+        runs = torch.tensor([run for step in steps for run in step], device=device)
+        first, size = runs.unsqueeze(-1).unbind(1)
+        row = torch.arange(chunk, device=device)
+        taken = row < size
+        place = Scattered((first + row)[taken], taken.flatten().nonzero().squeeze(1))
+    return Segment(sequences, counts, chunk, place)
+
+
+def _lattice(steps: list[list[tuple[int, int]]], chunk: int) -> Lattice | None:
+    """The chunks as a lattice, if they are full, and of sequences at equal distances."""
+    starts = [start for start, _ in steps[0]]
+    strides = {b - a for a, b in pairwise(starts)} or {0}
+    full = all(size == chunk for _, size in steps[-1]) and len(steps[-1]) == len(steps[0])
+    if not full or len(strides) > 1:
+        return None
+    return Lattice(starts[0], strides.pop(), len(steps), len(starts))

@@ -9,7 +9,7 @@ and backwards, from dO and dS_C, without forming the gradient of the inverse,
     dR = A_qk^T dO + k~ dS_C      dZ = (I + T)^-T dR      dS_0 = D dS_C + Q^T dO - E^T dZ
     dT = -tril(dZ R^T, -1)        dA_qk = tril(dO R^T)    dE = -dZ S_0^T    dQ = dO S_0^T    ...
 
-E is kept negated, so that E and Q are two kinds of row that every product treats alike.
+E and Q are two kinds of row that lie alternately, so that one product serves both.
 
 Kept for the backward: the inputs and one state a segment; the rest is computed again. Sums and
 states are float32, or float64 for float64 inputs.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Schedule, Segment, build_schedule
+from gdn2.ops.chunk_schedule import Schedule, Segment, Workspace, build_schedule
 from gdn2.ops.contract import Operands, check_first_order, state_dtype
 from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay
 from gdn2.ops.triangular import invert_unit_lower
@@ -50,11 +50,12 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         inputs = layout.flat(Operands(q, k, v, log_decay, erase, write))
         out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
         S = layout.state_in(state, schedule, q.device)
+        empty = Workspace(layout.dtype, q.device)
         starts = []
         for segment in schedule.segments:
             if keep:
                 starts.append(S[segment.sequences].clone())
-            chunks = _Chunks(segment, layout, inputs, scale, keep=False)
+            chunks = _Chunks(segment, layout, inputs, scale, empty, keep=False)
             segment.store(chunks.scan(S[segment.sequences]), layout.values(out))
         if keep:
             ctx.save_for_backward(q, k, v, log_decay, erase, write, *starts)
@@ -71,8 +72,9 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         dinputs = layout.flat(grads)
         dout = layout.values(dout)
         dS = layout.state_in(dstate, schedule, dout.device)
+        empty = Workspace(layout.dtype, dout.device)
         for segment, S in zip(reversed(schedule.segments), reversed(starts), strict=True):
-            chunks = _Chunks(segment, layout, inputs, ctx.scale, keep=True)
+            chunks = _Chunks(segment, layout, inputs, ctx.scale, empty, keep=True)
             chunks.scan(S.clone())
             chunks.backward(dout, dS[segment.sequences], dinputs)
         dstate = layout.state_out(dS, schedule) if ctx.needs_input_grad[6] else None
@@ -148,38 +150,44 @@ class _Chunks:
     """One segment's chunks with the gates folded in; `scan` runs over them, `backward` back."""
 
     def __init__(
-        self, segment: Segment, layout: _Layout, inputs: Operands, scale: float, *, keep: bool
+        self,
+        segment: Segment,
+        layout: _Layout,
+        inputs: Operands,
+        scale: float,
+        empty: Workspace,
+        *,
+        keep: bool,
     ):
-        self.segment, self.layout, self.inputs, self.scale = segment, layout, inputs, scale
-        self.keep = keep
-        q, k, v, log_decay, erase, write = inputs.map(lambda t: segment.load(t, layout.dtype))
-        self.k = k.unsqueeze(2)  # [n, H, 1, C, K]
-        _, H, _, C, K = self.k.shape
-        kinds = 1 if erase is None else 2
-        shared_k = self.k.expand(-1, -1, layout.P // H, -1, -1)
-        rows = k.new_empty(*shared_k.shape[:4], kinds, K)
-        torch.mul(q.unsqueeze(2).expand_as(shared_k), scale, out=rows[..., -1, :])
-        if erase is not None:
-            self.erase = self._per_key_head(erase)
-            torch.mul(shared_k, self.erase.neg(), out=rows[..., 0, :])  # Eq. 8
-        self.rows = rows.view(-1, C, kinds, K)
-        k = shared_k.flatten(0, 2)  # [M, C, K], a copy only where heads share k
-        self.decay: NoDecay | HeadDecay | ChannelDecay
-        if log_decay is None:
-            self.decay = NoDecay(self.rows, k)
-        else:
-            log_decay = self._per_key_head(log_decay)
-            log_decay = log_decay.expand(-1, -1, layout.P // H, -1, -1).flatten(0, 2)
-            if log_decay.shape[-1] == 1:
-                self.decay = HeadDecay(self.rows, k, log_decay)
-            else:
-                self.decay = ChannelDecay(self.rows, k, log_decay, keep=keep)
-        if erase is not None:
+        self.segment, self.layout, self.inputs = segment, layout, inputs
+        self.scale, self.empty, self.keep = scale, empty, keep
+        k = self._load("k", inputs.k).unsqueeze(2)  # [n, H, 1, C, K]
+        self.k = k.expand(-1, -1, layout.P // layout.H, -1, -1)  # [n, H, G, C, K]
+        kinds = 1 if inputs.erase is None else 2
+        rows = empty("rows", *self.k.shape[:4], kinds, layout.K)
+        rows[..., -1, :] = self._load("loaded", inputs.q).unsqueeze(2)
+        if inputs.erase is not None:
+            self.erase = self._per_key_head(self._load("erase", inputs.erase))
+            torch.mul(self.k, self.erase, out=rows[..., 0, :])  # Eq. 8
+        self.decay = self._build_decay(rows.flatten(0, 2))
+        if inputs.erase is not None:
             self.inverse = invert_unit_lower(self.decay.scores[:, :, 0])
-        self.v = v.flatten(0, 1)  # [M, C, W]
-        if write is not None:
-            self.write = write.flatten(0, 1).unflatten(-1, (layout.HV // layout.P, -1))
-        self.z = self.v if write is None else self._written(self.v)
+        self.v = self._load("v", inputs.v).flatten(0, 1)  # [M, C, W]
+        self.z = self.v
+        if inputs.write is not None:
+            write = self._load("write", inputs.write).flatten(0, 1)
+            self.write = write.unflatten(-1, (layout.HV // layout.P, -1))
+            self.z = self._written(self.v)
+
+    def _build_decay(self, rows: Tensor) -> NoDecay | HeadDecay | ChannelDecay:
+        # The copy is decayed in place; k itself is needed again by the backward.
+        k = self.empty("tails", *self.k.shape).copy_(self.k).flatten(0, 2)
+        if self.inputs.log_decay is None:
+            return NoDecay(rows, k, self.empty)
+        shared = self._per_key_head(self._load("loaded", self.inputs.log_decay))
+        log_decay = self.empty("decay", *self.k.shape[:4], shared.shape[-1]).copy_(shared)
+        kind = HeadDecay if shared.shape[-1] == 1 else ChannelDecay
+        return kind(rows, k, log_decay.flatten(0, 2), self.empty, keep=self.keep)
 
     def scan(self, S: Tensor) -> Tensor:
         """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place.
@@ -187,12 +195,13 @@ class _Chunks:
         Returns:
             the outputs, [n, P, C, W].
         """
-        d, P = self.decay, self.layout.P
+        d, P, empty = self.decay, self.layout.P, self.empty
         has_erase = self.inputs.erase is not None
-        read = self.z.new_empty(*self.rows.shape[:3], self.layout.W)  # rows S_0, [M, C, Y, W]
-        R = torch.empty_like(self.z) if has_erase else self.z
+        M, C, W = self.z.shape
+        read = empty("read", *d.rows.shape[:3], W)  # rows S_0, [M, C, Y, W]
+        self.R = empty("R", M, C, W) if has_erase else self.z
         if self.keep:
-            self.states = S.new_empty(self.z.shape[0], *S.shape[2:])  # S_0 of each chunk
+            self.states = empty("states", M, *S.shape[2:])  # S_0 of each chunk
         for first, count in self.segment.steps:
             now = slice(first * P, (first + count) * P)
             state = S[:count].flatten(0, 1)
@@ -200,25 +209,27 @@ class _Chunks:
                 self.states[now] = state
             torch.bmm(d.rows[now].flatten(1, 2), state, out=read[now].flatten(1, 2))
             if has_erase:
-                torch.bmm(self.inverse[now], self.z[now] + read[now, :, 0], out=R[now])
+                X = torch.sub(self.z[now], read[now, :, 0], out=empty("X", count * P, C, W))
+                torch.bmm(self.inverse[now], X, out=self.R[now])
             if d.total is not None:
                 state.mul_(d.total[now].unsqueeze(-1))
-            state.baddbmm_(d.tails[now].mT, R[now])
-        self.R = R
-        out = torch.baddbmm(read[:, :, -1], d.scores[:, :, -1], R)
-        return out.view(-1, P, *out.shape[1:])
+            state.baddbmm_(d.tails[now].mT, self.R[now])
+        out = torch.bmm(d.scores[:, :, -1], self.R, out=empty("out", M, C, W))
+        return out.add_(read[:, :, -1]).mul_(self.scale).view(-1, P, C, W)
 
     def backward(self, dout: Tensor, dS: Tensor, grads: Operands) -> None:
         """After `scan`: from dout [tokens, P, W] and dS, taken back in place, to `grads`."""
-        d, P, layout = self.decay, self.layout.P, self.layout
+        d, P, empty = self.decay, self.layout.P, self.empty
         has_erase = self.inputs.erase is not None
-        M, C, kinds, K = self.rows.shape
-        # Upstream gradient of what the rows read: dZ (of -E S_0) and dO, as the rows lie.
-        dread = self.z.new_empty(M, C, kinds, layout.W)
-        dread[:, :, -1] = self.segment.load(dout, layout.dtype).flatten(0, 1)
-        dR = d.scores[:, :, -1].mT @ dread[:, :, -1]
-        dz = torch.empty_like(dR) if has_erase else dR
-        dstates = torch.empty_like(self.states)  # dS_C of each chunk
+        M, C, kinds, K = d.rows.shape
+        W = self.layout.W
+        dO = self._load("out", dout).flatten(0, 1).mul_(self.scale)
+        # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
+        dread = empty("dread", M, C, kinds, W)
+        dread[:, :, -1] = dO
+        dR = torch.bmm(d.scores[:, :, -1].mT, dO, out=empty("dR", M, C, W))
+        dz = empty("dz", M, C, W) if has_erase else dR
+        dstates = empty("dstates", *self.states.shape)  # dS_C of each chunk
         for first, count in reversed(self.segment.steps):
             now = slice(first * P, (first + count) * P)
             dstate = dS[:count].flatten(0, 1)
@@ -226,47 +237,62 @@ class _Chunks:
             dR[now].baddbmm_(d.tails[now], dstate)
             if has_erase:
                 torch.bmm(self.inverse[now].mT, dR[now], out=dz[now])
-                dread[now, :, 0] = dz[now]
+                torch.neg(dz[now], out=dread[now, :, 0])
             if d.total is not None:
                 dstate.mul_(d.total[now].unsqueeze(-1))
             dstate.baddbmm_(d.rows[now].flatten(1, 2).mT, dread[now].flatten(1, 2))
-        drows = (dread.flatten(1, 2) @ self.states.mT).view(M, C, kinds, K)
-        dscores = (dread.flatten(1, 2) @ self.R.mT).view(M, C, kinds, C)
-        dtails = self.R @ dstates.mT
-        drows, dk, dlog_decay = d.backward(drows, dtails, dscores, self.states, dstates)
-        self._store(drows, dk, dlog_decay, dz, grads)
+        flat = dread.flatten(1, 2)
+        drows = torch.bmm(flat, self.states.mT, out=empty("drows", M, C * kinds, K))
+        dscores = torch.bmm(flat, self.R.mT, out=empty("dscores", M, C * kinds, C))
+        dtails = torch.bmm(self.R, dstates.mT, out=empty("dtails", M, C, K))
+        drows, dk, dlog_decay = d.backward(
+            drows.view(M, C, kinds, K),
+            dtails,
+            dscores.view(M, C, kinds, C),
+            self.states,
+            dstates,
+        )
+        self._store_key_side(drows, dk, dlog_decay, grads)
+        self._store_value_side(dz, grads)
 
-    def _store(
-        self, drows: Tensor, dk: Tensor, dlog_decay: Tensor | None, dz: Tensor, grads: Operands
+    def _store_key_side(
+        self, drows: Tensor, dk: Tensor, dlog_decay: Tensor | None, grads: Operands
     ) -> None:
-        """Unfold the gates (Eq. 8), and add over what shares an input: groups, or channels."""
-        segment, layout = self.segment, self.layout
-        n, H, _, C, K = self.k.shape
-        drows, dk = drows.view(n, H, -1, C, self.rows.shape[2], K), dk.view(n, H, -1, C, K)
+        """Unfold the erase gate (Eq. 8); add over heads and channels that share an input."""
+        n, H, G, C, K = self.k.shape
+        drows, dk = drows.view(n, H, G, C, -1, K), dk.view(n, H, G, C, K)
         if grads.erase is not None:
-            de = drows[..., 0, :].neg()
-            dk = torch.addcmul(dk, de, self.erase)
-            self._store_gate(de.mul_(self.k), grads.erase)
-        segment.store(drows[..., -1, :].sum(2).mul_(self.scale), grads.q)
-        segment.store(dk.sum(2), grads.k)
+            de = drows[..., 0, :]
+            dk.addcmul_(de, self.erase)
+            self._store_shared(de.mul_(self.k), grads.erase)
+        self._store_shared(drows[..., -1, :], grads.q)
+        self._store_shared(dk, grads.k)
         if grads.log_decay is not None and dlog_decay is not None:
-            self._store_gate(dlog_decay.view(n, H, -1, *dlog_decay.shape[1:]), grads.log_decay)
+            self._store_shared(dlog_decay.view(n, H, G, C, -1), grads.log_decay)
+
+    def _store_value_side(self, dz: Tensor, grads: Operands) -> None:
+        n, P, C = self.segment.num_chunks, self.layout.P, self.segment.chunk
         dv = dz
         if grads.write is not None:
-            dwrite = (dz * self.v).view(*self.write.shape[:3], layout.V)
+            dv = self._written(dz)
+            dwrite = dz.mul_(self.v).view(*self.write.shape[:3], self.layout.V)
             if self.write.shape[-1] == 1:
                 dwrite = dwrite.sum(-1)
-            segment.store(dwrite.view(n, layout.P, C, -1), grads.write)
-            dv = self._written(dz)
-        segment.store(dv.view(n, layout.P, C, layout.W), grads.v)
+            self.segment.store(dwrite.view(n, P, C, -1), grads.write)
+        self.segment.store(dv.view(n, P, C, -1), grads.v)
 
-    def _store_gate(self, dgate: Tensor, grad: Tensor) -> None:
-        """dgate [n, H, G, C, K or 1] to grad [tokens, H or HV, K or 1]."""
-        if grad.shape[1] == self.layout.H:
-            dgate = dgate.sum(2, keepdim=True)
-        if grad.shape[2] == 1:
-            dgate = dgate.sum(-1, keepdim=True)
-        self.segment.store(dgate.flatten(1, 2), grad)
+    def _load(self, name: str, x: Tensor) -> Tensor:
+        """[tokens, heads, channels] as chunks [n, heads, C, channels]."""
+        shape = (self.segment.num_chunks, x.shape[1], self.segment.chunk, x.shape[2])
+        return self.segment.load(x, self.empty(name, *shape))
+
+    def _store_shared(self, grad: Tensor, total: Tensor) -> None:
+        """[n, H, G, C, K or 1] to [tokens, H or HV, K or 1]."""
+        if total.shape[1] == self.layout.H:
+            grad = grad.sum(2, keepdim=True) if grad.shape[2] > 1 else grad
+        if total.shape[2] < grad.shape[-1]:
+            grad = grad.sum(-1, keepdim=True)
+        self.segment.store(grad.flatten(1, 2), total)
 
     def _per_key_head(self, gate: Tensor) -> Tensor:
         """[n, H or HV, C, ...] as [n, H, 1 or G, C, ...]."""
@@ -274,4 +300,7 @@ class _Chunks:
 
     def _written(self, v: Tensor) -> Tensor:
         """Values [M, C, W] times their gate [M, C, value heads, 1 or V]."""
-        return (v.view(*self.write.shape[:3], self.layout.V) * self.write).view_as(v)
+        by_head = v.view(*self.write.shape[:3], self.layout.V)
+        z = self.empty("z", *v.shape)
+        torch.mul(by_head, self.write, out=z.view(by_head.shape))
+        return z

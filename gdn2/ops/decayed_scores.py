@@ -1,22 +1,25 @@
 """Scores between the rows and columns of a chunk under decay, for each rank of the decay.
 
-Within a chunk, row r meets column s < r with everything decayed from s to r (Eq. 20):
+Within a chunk, row r meets column s with everything decayed from s to r (Eqs. 20, 21):
 
     scores[r, y, s] = sum_d rows[r, y, d] k[s, d] exp(G[r, d] - G[s, d])     G: cumulative log-decay
 
-where y runs over the kinds of row: the (negated) erase row, strictly lower triangular, and last the
-query row, lower triangular. Each class below also decays the rows to the start of the chunk and k
-to its end, as the scan over chunks wants them. `backward` differentiates all of it: from the
-gradients of rows, tails and scores, which it may overwrite, and from each chunk's incoming state S
-and the gradient dS of its outgoing one, to the gradients of the raw rows, k and log-decay.
+where y runs over the kinds of row: the erase row (strictly lower triangular), if there is one, and
+last the query row (lower triangular). Each class below also decays the rows from the start of the
+chunk and k to its end, as the scan over chunks wants them; `rows` and `k` are overwritten by that.
+`backward` differentiates all of it: from the gradients of rows, tails and scores, which it may
+overwrite, and from each chunk's incoming state S and the gradient dS of its outgoing one, to the
+gradients of the raw rows, k and log-decay.
 
-The exponent of every exponential is <= 0 and no difference of long cumulative sums is formed.
+Every exponent is <= 0, and no difference of long cumulative sums is formed.
 
 Axes: M chunks times heads, C tokens a chunk, Y kinds of row (1 or 2), K key channels.
 """
 
 import torch
 from torch import Tensor
+
+from gdn2.ops.chunk_schedule import Workspace
 
 # exp() of anything lower is denormal or zero in float32, and slow; the factor changes by 2e-38.
 _LOWEST = -87.0
@@ -25,34 +28,39 @@ _LOWEST = -87.0
 class NoDecay:
     """No decay: plain masked scores."""
 
-    def __init__(self, rows: Tensor, k: Tensor):
-        self.rows, self.tails, self.total = rows, k, None
-        self.scores = _masked_product(rows, k)
+    total = None
+
+    def __init__(self, rows: Tensor, k: Tensor, empty: Workspace):
+        self.rows, self.tails, self.empty = rows, k, empty
+        self.scores = _masked_product(rows, k, empty)
 
     def backward(
         self, drows: Tensor, dtails: Tensor, dscores: Tensor, _S: Tensor, _dS: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         _mask_(dscores)
-        drows += _rows_times(dscores, self.tails)
-        dtails += _rows_transposed_times(dscores, self.rows)
+        _add_product(drows.flatten(1, 2), dscores.flatten(1, 2), self.tails, self.empty)
+        _add_product(dtails, dscores.flatten(1, 2).mT, self.rows.flatten(1, 2), self.empty)
         return drows, dtails, None
 
 
 class HeadDecay:
     """One log-decay [M, C, 1] a head: the decay between two tokens is one C x C matrix."""
 
-    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor):
+    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor, empty: Workspace, *, keep: bool):
         C = k.shape[1]
+        self.empty = empty
         below = torch.ones(C, C, dtype=torch.bool, device=k.device).tril(-1)
-        decay = log_decay.clamp(min=_LOWEST).exp_()
+        decay = log_decay.clamp_(min=_LOWEST).exp_()
         # between[r, s] = product of decay over s < i <= r: exact to a few rounding errors however
         # strong the decay, which the exponential of a sum is not.
         self.between = decay.where(below, 1.0).cumprod(1).tril_()
         self.prefix = decay.cumprod(1)  # [M, C, 1]
-        self.raw_rows, self.k = rows, k
-        self.scores = _masked_product(rows, k).mul_(self.between.unsqueeze(2))
-        self.rows = rows * self.prefix.unsqueeze(-1)
-        self.tails = k * self.between[:, -1].unsqueeze(-1)
+        self.scores = _masked_product(rows, k, empty).mul_(self.between.unsqueeze(2))
+        if keep:
+            self.raw_rows = empty("raw_rows", *rows.shape).copy_(rows)
+            self.raw_k = empty("raw_k", *k.shape).copy_(k)
+        self.rows = rows.mul_(self.prefix.unsqueeze(-1))
+        self.tails = k.mul_(self.between[:, -1].unsqueeze(-1))
         self.total = self.prefix[:, -1]  # [M, 1]
 
     def backward(
@@ -61,15 +69,16 @@ class HeadDecay:
         _mask_(dscores)
         meetings = (self.scores * dscores).sum(2)  # [M, C, C]
         meetings.diagonal(dim1=1, dim2=2).zero_()  # a token meets itself undecayed
-        at_end = (self.tails * dtails).sum(-1)
-        dG = meetings.sum(2) - meetings.sum(1) + (self.rows * drows).sum((2, 3)) - at_end
-        dG[:, -1] += at_end.sum(1) + (self.total * (dS * S).sum(-1)).sum(1)
-        dscores *= self.between.unsqueeze(2)
-        drows = (drows * self.prefix.unsqueeze(-1)).add_(_rows_times(dscores, self.k))
-        dk = (dtails * self.between[:, -1].unsqueeze(-1)).add_(
-            _rows_transposed_times(dscores, self.raw_rows)
-        )
-        return drows, dk, _reverse_cumsum(dG.unsqueeze(-1))
+        at_end = _dot(self.tails, dtails, self.empty)
+        dG = meetings.sum(2) - meetings.sum(1) - at_end
+        dG += _dot(self.rows, drows, self.empty).sum(2)
+        dG[:, -1] += at_end.sum(1) + (self.total * _dot(dS, S, self.empty)).sum(1)
+        dscores.mul_(self.between.unsqueeze(2))
+        drows.mul_(self.prefix.unsqueeze(-1))
+        dtails.mul_(self.between[:, -1].unsqueeze(-1))
+        _add_product(drows.flatten(1, 2), dscores.flatten(1, 2), self.raw_k, self.empty)
+        _add_product(dtails, dscores.flatten(1, 2).mT, self.raw_rows.flatten(1, 2), self.empty)
+        return drows, dtails, _reverse_cumsum(dG.unsqueeze(-1))
 
 
 class ChannelDecay:
@@ -85,15 +94,17 @@ class ChannelDecay:
     the last merge, rows are decayed from the start of the whole chunk, columns to its end.
     """
 
-    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor, *, keep: bool):
+    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor, empty: Workspace, *, keep: bool):
         M, C, Y, K = rows.shape
-        self.k = k
-        self.decay = log_decay.clamp(min=_LOWEST).exp_()
-        self.scores = rows.new_zeros(M, C, Y, C)
-        self.scores[:, :, -1].diagonal(dim1=1, dim2=2).copy_((rows[:, :, -1] * k).sum(-1))
-        self.raw_rows = rows
-        self.rows = rows * self.decay.unsqueeze(2)
-        self.tails = k.clone()
+        self.empty = empty
+        self.decay = log_decay.clamp_(min=_LOWEST).exp_()
+        self.scores = empty("scores", M, C, Y, C).zero_()
+        itself = _dot(rows[:, :, -1], k, empty)
+        self.scores[:, :, -1].diagonal(dim1=1, dim2=2).copy_(itself)
+        if keep:
+            self.raw_rows = empty("raw_rows", *rows.shape).copy_(rows)
+            self.raw_k = empty("raw_k", *k.shape).copy_(k)
+        self.rows, self.tails = rows.mul_(self.decay.unsqueeze(2)), k
         self.merges: list[tuple[Tensor, Tensor, Tensor]] = []
         total = self.decay
         h = 1
@@ -102,46 +113,64 @@ class ChannelDecay:
             upper = self.rows.view(-1, 2, h * Y, K)[:, 1]
             lower = self.tails.view(-1, 2, h, K)[:, 0]
             if keep:
-                self.merges.append((upper.clone(), lower.clone(), total))
-            met = (upper * lower).sum(-1, keepdim=True) if h == 1 else upper @ lower.mT
+                self.merges.append(
+                    (
+                        empty(f"upper {h}", *upper.shape).copy_(upper),
+                        empty(f"lower {h}", *lower.shape).copy_(lower),
+                        total,
+                    )
+                )
+            if h == 1:  # products of so few numbers are slow as matrix products
+                met = _dot(upper, lower, empty).unsqueeze(-1)
+            else:
+                met = torch.bmm(upper, lower.mT, out=empty("met", len(upper), h * Y, h))
             _lower_left(self.scores, h).copy_(met.view(M, -1, h * Y, h).permute(0, 2, 3, 1))
             upper.mul_(total[:, 0])
             lower.mul_(total[:, 1])
-            total = total[:, 0] * total[:, 1]
             h *= 2
+            merged = empty(f"total {h}", len(total), 1, K)
+            total = torch.mul(total[:, 0], total[:, 1], out=merged)
         self.total = total.view(M, K)
 
     def backward(
         self, drows: Tensor, dtails: Tensor, dscores: Tensor, S: Tensor, dS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, C, Y, K = drows.shape
+        empty = self.empty
         # The end of the chunk enters through the columns' decay to it and through the state's.
-        dend = (self.tails * dtails).sum(1) + self.total * (dS * S).sum(-1)
+        dend = torch.mul(self.tails, dtails, out=empty("product", *dtails.shape)).sum(1)
+        dend.addcmul_(self.total, _dot(dS, S, empty))
         h = C // 2
         for upper, lower, total in reversed(self.merges):
-            dmet = _lower_left(dscores, h).permute(0, 3, 1, 2).reshape(-1, h * Y, h)
-            dupper = drows.view(-1, 2, h * Y, K)[:, 1]
-            dlower = dtails.view(-1, 2, h, K)[:, 0]
+            met = empty("met", len(upper), h * Y, h)
+            met.view(len(drows), -1, h * Y, h).copy_(_lower_left(dscores, h).permute(0, 3, 1, 2))
+            dupper = drows.view(-1, 2, h * Y, K)[:, 1].mul_(total[:, 0])
+            dlower = dtails.view(-1, 2, h, K)[:, 0].mul_(total[:, 1])
             if h == 1:
-                from_upper, from_lower = dmet * lower, (dmet * upper).sum(1, keepdim=True)
+                dupper.addcmul_(met, lower)
+                dlower.add_(torch.mul(met, upper, out=empty("product", *upper.shape)).sum(1, True))
             else:
-                from_upper, from_lower = dmet @ lower, dmet.mT @ upper
-            torch.addcmul(from_upper, dupper, total[:, 0], out=dupper)
-            torch.addcmul(from_lower, dlower, total[:, 1], out=dlower)
+                _add_product(dupper, met, lower, empty)
+                _add_product(dlower, met.mT, upper, empty)
             h //= 2
         drows.mul_(self.decay.unsqueeze(2))
         # G_r multiplies row r and divides column r wherever they meet another token.
-        dG = (self.raw_rows * drows).sum(2).addcmul_(self.k, dtails, value=-1)
+        dG = torch.mul(self.raw_k, dtails, out=empty("product", *dtails.shape)).neg_()
+        for y in range(Y):
+            dG.addcmul_(self.raw_rows[:, :, y], drows[:, :, y])
         dlog_decay = _reverse_cumsum(dG).add_(dend.unsqueeze(1))
         itself = dscores[:, :, -1].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # undecayed
-        drows[:, :, -1].addcmul_(itself, self.k)
+        drows[:, :, -1].addcmul_(itself, self.raw_k)
         dtails.addcmul_(itself, self.raw_rows[:, :, -1])
         return drows, dtails, dlog_decay
 
 
-def _masked_product(rows: Tensor, k: Tensor) -> Tensor:
+def _masked_product(rows: Tensor, k: Tensor, empty: Workspace) -> Tensor:
     """``rows k^T`` [M, C, Y, C] below the diagonal; the query rows have the diagonal too."""
-    return _mask_((rows.flatten(1, 2) @ k.mT).unflatten(1, rows.shape[1:3]))
+    M, C, Y, _ = rows.shape
+    scores = empty("scores", M, C, Y, C)
+    torch.bmm(rows.flatten(1, 2), k.mT, out=scores.flatten(1, 2))
+    return _mask_(scores)
 
 
 def _mask_(scores: Tensor) -> Tensor:
@@ -151,12 +180,15 @@ def _mask_(scores: Tensor) -> Tensor:
     return scores
 
 
-def _rows_times(scores: Tensor, k: Tensor) -> Tensor:
-    return (scores.flatten(1, 2) @ k).unflatten(1, scores.shape[1:3])
+def _dot(a: Tensor, b: Tensor, empty: Workspace) -> Tensor:
+    """``(a * b).sum(-1)``, broadcast."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return torch.mul(a, b, out=empty("product", *shape)).sum(-1)
 
 
-def _rows_transposed_times(scores: Tensor, rows: Tensor) -> Tensor:
-    return scores.flatten(1, 2).mT @ rows.flatten(1, 2)
+def _add_product(x: Tensor, a: Tensor, b: Tensor, empty: Workspace) -> None:
+    """``x += a @ b``; x may have strides, into which a batched product itself would be slow."""
+    x.add_(torch.bmm(a, b, out=empty("product", *x.shape)))
 
 
 def _lower_left(scores: Tensor, h: int) -> Tensor:

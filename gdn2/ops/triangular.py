@@ -6,50 +6,41 @@ from torch import Tensor
 _BASE = 16
 
 
-def invert_unit_lower(negated: Tensor) -> Tensor:
-    """``(I - N)^-1`` for strictly lower triangular N = `negated` [M, C, C]; C a power of two.
+def invert_unit_lower(lower: Tensor) -> Tensor:
+    """``(I + T)^-1`` for strictly lower triangular T = `lower` [M, C, C]; C a power of two.
 
     The inverses of the diagonal blocks of h rows give those of 2h rows, exactly:
 
-        A_21 = A_22 N_21 A_11
+        A_21 = -A_22 T_21 A_11
 
     up to 16 rows on all blocks at once, under a mask. A Neumann series would not do: its terms
     grow like binomials where keys repeat, and cancel.
     """
-    M, C, _ = negated.shape
+    M, C, _ = lower.shape
     base = min(_BASE, C)
-    blocks = negated.reshape(M, C // base, base, C // base, base).diagonal(dim1=1, dim2=3)
+    blocks = lower.unflatten(1, (-1, base)).unflatten(3, (-1, base)).diagonal(dim1=1, dim2=3)
     blocks = blocks.permute(0, 3, 1, 2).reshape(-1, base, base)
-    inverse = torch.eye(base, dtype=negated.dtype, device=negated.device).expand_as(blocks)
+    index = torch.arange(base, device=lower.device)
+    inverse = torch.eye(base, dtype=lower.dtype, device=lower.device).expand_as(blocks)
     h = 1
     while h < base:
-        lower_left = blocks * _lower_left_mask(base, h, blocks)
+        # The rows of the upper half of a block of 2h meet the columns of its lower half.
+        meet = (index[:, None] // h == index // h + 1) & (index // h % 2 == 0)
+        part = blocks * meet
         if h == 1:
-            inverse = inverse + lower_left
+            inverse = inverse - part
         else:
-            inverse = torch.baddbmm(inverse, inverse @ lower_left, inverse)
+            inverse = torch.baddbmm(inverse, torch.bmm(inverse, part), inverse, alpha=-1)
         h *= 2
     if base == C:
         return inverse.contiguous()
-    full = negated.new_zeros(M, C // base, base, C // base, base)
-    full.diagonal(dim1=1, dim2=3).copy_(inverse.view(M, -1, base, base).permute(0, 2, 3, 1))
-    full = full.view(M, C, C)
+    full = lower.new_zeros(M, C, C)
+    on_diagonal = full.view(M, C // base, base, C // base, base).diagonal(dim1=1, dim2=3)
+    on_diagonal.copy_(inverse.view(M, -1, base, base).permute(0, 2, 3, 1))
     while h < C:
-        pairs = (M, C // (2 * h), 2, h, C // (2 * h), 2, h)
-        known, given = (
-            x.reshape(pairs).diagonal(dim1=1, dim2=4).movedim(-1, 1) for x in (full, negated)
-        )  # [M, C / 2h, 2, h, 2, h]
-        upper, lower = (known[:, :, i, :, i].flatten(0, 1) for i in (1, 0))
-        known[:, :, 1, :, 0] = (upper @ given[:, :, 1, :, 0].flatten(0, 1) @ lower).unflatten(
-            0, (M, -1)
-        )
+        for first in range(0, C, 2 * h):
+            low, up = slice(first, first + h), slice(first + h, first + 2 * h)
+            right = torch.bmm(lower[:, up, low], full[:, low, low])
+            full[:, up, low] = torch.bmm(full[:, up, up], right).neg_()
         h *= 2
     return full
-
-
-def _lower_left_mask(size: int, h: int, like: Tensor) -> Tensor:
-    """Ones where the upper half of a block of 2h rows meets the block's lower half."""
-    index = torch.arange(size, device=like.device)
-    row, column = index[:, None], index
-    same = row // (2 * h) == column // (2 * h)
-    return (same & (row % (2 * h) >= h) & (column % (2 * h) < h)).to(like.dtype)
