@@ -84,7 +84,9 @@ def _weights(module: nn.Module, kind: type[nn.Module] | None = None) -> int:
     """Parameters of a module, or only the weight matrices of its parts of one kind."""
     if kind is None:
         return sum(parameter.numel() for parameter in module.parameters())
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, kind))
+    return sum(
+        part.get_parameter("weight").numel() for part in module.modules() if isinstance(part, kind)
+    )
 
 
 def _state_entries(layer: DeltaMixer) -> int:

@@ -4,14 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from .demo import CommandFailed, run_demo
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="recipes.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    out = parser.parse_args().out
+
+    from .demo import CommandFailed, run_demo  # not in the workers that prepare text
+
     try:
-        run_demo(parser.parse_args().out)
+        run_demo(out)
     except CommandFailed as failed:
         return int(failed.args[0])
     except KeyboardInterrupt:
