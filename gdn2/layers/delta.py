@@ -6,6 +6,7 @@ docs/math.md.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,6 +70,9 @@ class DeltaMixer(nn.Module):
 
     native_output_gate: str
     native_gate_is_low_rank: bool  # through V channels
+    rate_range = (1.0, 16.0)  # where exp(A_log) starts
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class DeltaMixer(nn.Module):
         self.reset_parameters()
 
     def build_gates(self) -> None:
-        """Create the parameters of `gates`, A_log and dt_bias among them if there is a decay."""
+        """Create the parameters of `gates`, A_log and dt_bias among them."""
         raise NotImplementedError
 
     def gates(self, x: Tensor) -> Gates:
@@ -122,8 +126,9 @@ class DeltaMixer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw the parameters that the member owns itself; submodules know their own laws."""
-        raise NotImplementedError
+        """Draw A_log and dt_bias; submodules know their own laws."""
+        reset_rate(self.A_log, *self.rate_range)
+        reset_step_bias(self.dt_bias)
 
     def forward(
         self, x: Tensor, *, state: DeltaState | None = None, cu_seqlens: Tensor | None = None
@@ -132,10 +137,7 @@ class DeltaMixer(nn.Module):
 
         cu_seqlens ``[N + 1]`` packs N sequences into one row; without it N = B.
         """
-
-        def convolve(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-            return causal_conv(x, weight, state=past, cu_seqlens=cu_seqlens)
-
+        convolve = partial(causal_conv, cu_seqlens=cu_seqlens)
         q, k, v, *convs = self._queries_keys_values(x, state, convolve)
         gates = self.gates(x)
         self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
@@ -152,11 +154,7 @@ class DeltaMixer(nn.Module):
 
     def step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """One token, ``x [B, D] -> (y [B, D], state)``; the state is updated in place."""
-
-        def convolve(x: Tensor, weight: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-            return causal_conv_step(x, weight, state=past)
-
-        q, k, v, *_ = self._queries_keys_values(x, state, convolve)
+        q, k, v, *_ = self._queries_keys_values(x, state, causal_conv_step)
         out, _ = gated_delta_step(
             q,
             k,
@@ -172,9 +170,9 @@ class DeltaMixer(nn.Module):
     ) -> list[Tensor]:
         """q, k ``[..., H, K]``, v ``[..., HV, V]`` and the three convolution states."""
         past = (None, None, None) if state is None else state[1:]
-        q, q_conv = convolve(self.q_proj(x), self.q_conv1d.weight[:, 0], past[0])
-        k, k_conv = convolve(self.k_proj(x), self.k_conv1d.weight[:, 0], past[1])
-        v, v_conv = convolve(self.v_proj(x), self.v_conv1d.weight[:, 0], past[2])
+        q, q_conv = convolve(self.q_proj(x), self.q_conv1d.weight[:, 0], state=past[0])
+        k, k_conv = convolve(self.k_proj(x), self.k_conv1d.weight[:, 0], state=past[1])
+        v, v_conv = convolve(self.v_proj(x), self.v_conv1d.weight[:, 0], state=past[2])
         q, k = l2_norm(split_heads(q, self.num_heads)), l2_norm(split_heads(k, self.num_heads))
         return [q, k, split_heads(v, self.num_v_heads), q_conv, k_conv, v_conv]
 
@@ -193,7 +191,7 @@ class DeltaMixer(nn.Module):
 
 
 class GatedDeltaNet2(DeltaMixer):
-    """GDN-2: decay and erase per key channel, write per value channel (Eqs. 11, 12).
+    """GDN-2 (Eq. 10): decay and erase per key channel, write per value channel (Eqs. 11, 12).
 
         log_decay = -exp(A_log) * softplus(f_proj(x) + dt_bias)     [B, T, H, K]
         erase     = erase_range * sigmoid(b_proj(x))                [B, T, H, K]
@@ -213,10 +211,6 @@ class GatedDeltaNet2(DeltaMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
-    def reset_parameters(self) -> None:
-        reset_rate(self.A_log, 1.0, 16.0)
-        reset_step_bias(self.dt_bias)
-
     def gates(self, x: Tensor) -> Gates:
         H, HV = self.num_heads, self.num_v_heads
         return Gates(
@@ -229,7 +223,7 @@ class GatedDeltaNet2(DeltaMixer):
 
 
 class KimiDeltaAttention(DeltaMixer):
-    """KDA: decay per key channel of each value head, one gate per value head to erase and write.
+    """KDA (Eq. 7): decay per key channel, one gate to erase and write, per value head.
 
     log_decay   = -exp(A_log) * softplus(f_proj(x) + dt_bias)   [B, T, HV, K]
     erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
@@ -245,10 +239,6 @@ class KimiDeltaAttention(DeltaMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
-    def reset_parameters(self) -> None:
-        reset_rate(self.A_log, 1.0, 16.0)
-        reset_step_bias(self.dt_bias)
-
     def gates(self, x: Tensor) -> Gates:
         HV = self.num_v_heads
         beta = gate(self.b_proj(x), self.erase_range)
@@ -259,7 +249,7 @@ class KimiDeltaAttention(DeltaMixer):
 
 
 class GatedDeltaNet(DeltaMixer):
-    """Gated DeltaNet: one decay per value head, one gate per value head to erase and write.
+    """Gated DeltaNet (Eq. 6): one decay and one gate to erase and write, per value head.
 
     log_decay   = -exp(A_log) * softplus(a_proj(x) + dt_bias)   [B, T, HV]
     erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
@@ -267,16 +257,13 @@ class GatedDeltaNet(DeltaMixer):
 
     native_output_gate = "silu"
     native_gate_is_low_rank = False
+    rate_range = (0.01, 16.0)
 
     def build_gates(self) -> None:
         self.a_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
         self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
-
-    def reset_parameters(self) -> None:
-        reset_rate(self.A_log, 0.01, 16.0)
-        reset_step_bias(self.dt_bias)
 
     def gates(self, x: Tensor) -> Gates:
         beta = gate(self.b_proj(x), self.erase_range)

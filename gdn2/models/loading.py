@@ -50,12 +50,12 @@ def find_checkpoint(path: Path) -> Path:
     elif (path / "final").is_dir():
         path = path / "final"
     config = path / "config.json"
-    if not config.is_file():
+    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if model_type is None:
         raise ValueError(
             f"no checkpoint in {path}: expected a run with checkpoints/step_* or final/, "
             "a step folder, or a Hugging Face folder with config.json"
         )
-    model_type = json.loads(config.read_text()).get("model_type")
     if model_type != Gdn2Config.model_type:
         raise ValueError(f"{config} must have model_type 'gdn2', got {model_type!r}")
     return path

@@ -38,13 +38,13 @@ def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """``-exp(A_log) * softplus(f + dt_bias)`` in float32, whatever autocast says; shapes broadcast.
 
     The step size ``dt = softplus(f + dt_bias)`` depends on the token, the rate ``exp(A_log)`` does
-    not (Eq. 12).
+    not (Eq. 11).
     """
     return -upcast(A_log).exp() * F.softplus(upcast(f) + upcast(dt_bias))
 
 
 def gate(x: Tensor, maximum: float = 1.0) -> Tensor:
-    """``maximum * sigmoid(x)`` in float32, whatever autocast says (Eq. 11)."""
+    """``maximum * sigmoid(x)`` in float32, whatever autocast says (Eq. 12)."""
     return maximum * upcast(x).sigmoid()
 
 
