@@ -1,17 +1,17 @@
 """Documents to batches to tokens, in worker processes, in an order that no worker can change."""
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
+import pickle
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -67,28 +67,32 @@ def encode_batches(
     """Every batch with its documents by split, in order; two batches per worker are in memory."""
     if workers == 1:
         encoder = load_encoder(tokenizer)
-        yield from ((batch, _encode(encoder, batch.texts, limit)) for batch in batches)
+        yield from ((batch, encode(encoder, batch.texts, limit)) for batch in batches)
         return
-    spawn = multiprocessing.get_context("spawn")  # the parent has threads: forking is not safe
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker)
-    waiting: deque[tuple[TextBatch, Future]] = deque()
-    try:
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+
+    def encode_somewhere(texts: list[str]) -> dict[str, Encoded]:
+        worker = idle.get()
+        try:
+            return worker.encode(texts)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(workers) as threads, ExitStack() as stack:
+        for _ in range(workers):
+            idle.put(stack.enter_context(_Worker(tokenizer, limit)))
+        waiting: deque[tuple[TextBatch, Future]] = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, tokenizer, batch.texts, limit)))
+            waiting.append((batch, threads.submit(encode_somewhere, batch.texts)))
             if len(waiting) == 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died, perhaps for want of memory: run again with fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _encode(encoder: Encoder, texts: list[str], limit: int) -> dict[str, Encoded]:
+def encode(encoder: Encoder, texts: list[str], limit: int) -> dict[str, Encoded]:
+    """Texts whose hash is below `limit` are for validation, the others for training."""
     members: dict[str, list[str]] = {split: [] for split in SPLITS}
     for text in texts:
         members["validation" if text_hash(text) < limit else "train"].append(text)
@@ -103,22 +107,51 @@ def _encode(encoder: Encoder, texts: list[str], limit: int) -> dict[str, Encoded
     return result
 
 
-def _start_worker() -> None:
-    """One thread, Ctrl-C left to the parent, gone when the parent is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+class _Worker:
+    """A process that encodes what it is sent and ends when nobody is there to send more.
+
+    It is a plain interpreter: multiprocessing would import the caller's main module again, and
+    its workers outlive a parent that is killed. In its own process group, a Ctrl-C is not for it.
+    """
+
+    def __init__(self, tokenizer: Path, limit: int):
+        command = "from gdn2.data.encode import serve; serve()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", command, str(tokenizer), str(limit)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)},
+            process_group=0,
+        )
+
+    def encode(self, texts: list[str]) -> dict[str, Encoded]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump(texts, self._process.stdin)
+            self._process.stdin.flush()
+            return pickle.load(self._process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            raise RuntimeError(
+                f"a worker process ended with status {self._process.wait()}, perhaps for want of "
+                "memory: run again with fewer workers"
+            ) from error
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        with suppress(BrokenPipeError):  # what was sent to a dead worker
+            self._process.communicate()
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-_load_once = lru_cache(maxsize=1)(load_encoder)  # a worker lives for one tokenizer
-
-
-def _encode_in_worker(tokenizer: Path, texts: list[str], limit: int) -> dict[str, Encoded]:
-    return _encode(_load_once(tokenizer), texts, limit)
+def serve() -> None:
+    """The worker's side: texts come in, `encode` of them goes out, until the input ends."""
+    encoder, limit = load_encoder(sys.argv[1]), int(sys.argv[2])
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            texts = pickle.load(sys.stdin.buffer)
+            pickle.dump(encode(encoder, texts, limit), sys.stdout.buffer)
+            sys.stdout.buffer.flush()

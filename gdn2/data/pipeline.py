@@ -37,6 +37,7 @@ from .sources import Corpus, Position, find_source
 from .tokenize import (
     DEFAULT_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
+    SEPARATOR_TOKEN,
     TOKENIZER,
     copy_tokenizer,
     find_tokenizer,
@@ -76,24 +77,22 @@ def prepare(
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else sources
     out = Path(out)
-    _check_options(sources, out, tokenizer, vocab_size, val_fraction, workers, shard_tokens)
-    corpus = Corpus([find_source(source, out) for source in sources], text_column)
-    if tokenizer is None:
-        vocab_size = vocab_size or DEFAULT_VOCAB_SIZE
-        given = None
-    else:
-        load_encoder(tokenizer)  # refuses what cannot be used before anything is written
-        given = sha256_of(find_tokenizer(tokenizer))
-    request: dict = {
-        "sources": [source.fingerprint() for source in corpus.sources],
-        "options": {
-            "tokenizer_sha256": given,
-            "vocab_size": vocab_size,
-            "text_column": text_column,
-            "val_fraction": val_fraction,
-            "shard_tokens": shard_tokens,
-        },
+    if not sources:
+        raise ValueError("sources must name at least one file or folder, or stdlib")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, but {out} is a file")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    options = _tokenizer_options(tokenizer, vocab_size) | {
+        "text_column": text_column,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
     }
+    corpus = Corpus([find_source(source, out) for source in sources], text_column)
+    request = {"sources": [s.fingerprint() for s in corpus.sources], "options": options}
     for source in request["sources"]:
         checksum = f", sha256 {source['sha256']}" if "sha256" in source else ""
         say(f"{source['name']}: {source['files']:,} files, {source['bytes']:,} bytes{checksum}")
@@ -105,10 +104,10 @@ def prepare(
         journal = Journal.open(out, request)
         if journal.sections:
             say(f"continuing {out}: {len(journal.sections)} shards are finished")
-        limit = _validation_limit(corpus, val_fraction)
         workers = min(workers or os.cpu_count() or 1, 1 + corpus.num_bytes // BYTES_PER_WORKER)
         try:
-            _provide_tokenizer(out, corpus, tokenizer, vocab_size, limit)
+            limit = _validation_limit(corpus, val_fraction)
+            _provide_tokenizer(out, corpus, tokenizer, options["vocab_size"], limit)
             _write_sections(out, corpus, journal, limit, workers)
         except KeyboardInterrupt:
             say(f"stopped: the same command continues {out}")
@@ -121,25 +120,21 @@ def prepare(
     return manifest
 
 
-def _check_options(
-    sources, out, tokenizer, vocab_size, val_fraction, workers, shard_tokens
-) -> None:
-    if not sources:
-        raise ValueError("sources must name at least one file or folder, or stdlib")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, but {out} is a file")
-    if tokenizer is not None and vocab_size is not None:
-        raise ValueError("vocab_size is that of a new tokenizer: give tokenizer or vocab_size")
-    if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
+def _tokenizer_options(tokenizer: str | os.PathLike | None, vocab_size: int | None) -> dict:
+    """What a resumed run compares: the given tokenizer, or the size of the one to be trained."""
+    if tokenizer is not None:
+        if vocab_size is not None:
+            raise ValueError("vocab_size is that of a new tokenizer: give tokenizer or vocab_size")
+        separator_token = load_encoder(tokenizer).separator_token
+        checksum = sha256_of(find_tokenizer(tokenizer))
+        return {"tokenizer": checksum, "separator": separator_token, "vocab_size": None}
+    vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the separator), "
             f"got {vocab_size}"
         )
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    return {"tokenizer": None, "separator": SEPARATOR_TOKEN, "vocab_size": vocab_size}
 
 
 def _confirm(out: Path, request: dict) -> Manifest:
@@ -209,7 +204,7 @@ def _write_sections(out: Path, corpus: Corpus, journal: Journal, limit: int, wor
     batches = batch_documents(documents, min(BATCH_CHARACTERS, shard_tokens))
     section = _Section(journal, token_dtype(load_encoder(tokenizer).vocab_size))
     with (
-        ProgressBar(corpus.num_bytes) as bar,
+        ProgressBar(corpus.num_bytes, sum(corpus.sizes[: journal.next.file])) as bar,
         closing(section),
         closing(encode_batches(batches, tokenizer, limit, workers)) as results,
     ):

@@ -24,7 +24,7 @@ def say(text: str) -> None:
 class ProgressBar:
     """How many of `total` bytes of input are done; `note` tells what has come out of them."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, start: int = 0):
         self._total = max(1, total)
         self._console = Console(stderr=True)
         self._bar = Progress(
@@ -36,7 +36,7 @@ class ProgressBar:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("reading", total=self._total)
+        self._task = self._bar.add_task("reading", total=self._total, completed=start)
         self._last_line = time.monotonic()
 
     def update(self, done: int, note: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from .shards import write_file, write_json
+
 SEPARATOR_TOKEN = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
 MIN_VOCAB_SIZE = 257  # 256 bytes and the separator
@@ -127,7 +129,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a trained tokenizer so that transformers.AutoTokenizer loads it."""
-    tokenizer.save(str(folder / TOKENIZER))
+    write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     _write_config(folder, SEPARATOR_TOKEN)
 
 
@@ -150,4 +152,4 @@ def _write_config(folder: Path, separator_token: str) -> None:
         "eos_token": separator_token,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / CONFIG, config)

@@ -168,7 +168,7 @@ def test_another_given_tokenizer_is_refused(corpus, tmp_path):
     given = {"tokenizer": tmp_path / "280" / "tokenizer", "vocab_size": None}
     manifest = run([corpus], tmp_path / "out", **given)
     assert manifest.vocab_size == 280
-    with pytest.raises(ValueError, match=r"tokenizer_sha256 was '.*' and is '.*'"):
+    with pytest.raises(ValueError, match=r"tokenizer was '.*' and is '.*'"):
         run([corpus], tmp_path / "out", **given | {"tokenizer": tmp_path / "290" / "tokenizer"})
     own, same = files_of(tmp_path / "280"), files_of(tmp_path / "out")
     assert own.pop("manifest.json") != same.pop("manifest.json")
@@ -216,6 +216,7 @@ def test_a_corpus_that_cannot_be_split_is_refused(tmp_path, texts, found):
     ("options", "message"),
     [
         ({"sources": []}, "sources must name at least one"),
+        ({"vocab_size": 0}, r"vocab_size must be at least 257 .*got 0"),
         ({"vocab_size": 256}, "vocab_size must be at least 257 .*got 256"),
         ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, got 0.0"),
         ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0"),
