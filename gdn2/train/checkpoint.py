@@ -47,6 +47,11 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
+    def remove_unfinished(self) -> None:
+        """Delete what a killed process left half-written or half-deleted."""
+        for path in self.folder.glob("step_*" + UNFINISHED):
+            shutil.rmtree(path)
+
     def save(
         self,
         step: int,
@@ -116,12 +121,6 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         raise RuntimeError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left half-written in ``folder``."""
-    for path in folder.glob("*" + UNFINISHED):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

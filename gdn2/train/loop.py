@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_manifest
 from gdn2.data.shards import write_json
 from gdn2.models import Gdn2ForCausalLM
-from gdn2.train.checkpoint import Checkpoints, claim, remove_unfinished, write_folder
+from gdn2.train.checkpoint import Checkpoints, claim, write_folder
 from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
@@ -67,8 +67,7 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     if final.exists():
         print(f"{out} is finished after {run.total_steps} steps; its model is in {final}")
         return
-    remove_unfinished(out)
-    remove_unfinished(checkpoints.folder)
+    checkpoints.remove_unfinished()
     write_json(out / "config.json", record)
 
     samples = Samples(
@@ -86,13 +85,14 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     if step:
         checkpoints.load(step, model, optimizer)
 
-    def write_more(folder: Path) -> None:
+    def write_about(folder: Path) -> None:
+        """What makes a folder readable on its own: tokenizer, model configuration, run."""
         shutil.copytree(data / "tokenizer", folder, dirs_exist_ok=True)
         model.config.save_pretrained(folder)
         write_json(folder / "run.json", record)
 
     def write_final(folder: Path) -> None:
-        write_more(folder)
+        write_about(folder)
         transformers_logging.disable_progress_bar()  # it would break into ours
         model.save_pretrained(folder)
 
@@ -110,13 +110,8 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
             metrics.log(row)
             if step % save_every == 0 or step == run.total_steps or stop.is_set():
                 metrics.checkpoint()
-                checkpoints.save(
-                    step,
-                    model,
-                    optimizer,
-                    tokens=step * run.schedule.tokens_per_step,
-                    write_more=write_more,
-                )
+                tokens = step * run.schedule.tokens_per_step
+                checkpoints.save(step, model, optimizer, tokens=tokens, write_more=write_about)
             if stop.is_set() and step < run.total_steps:
                 metrics.say(f"stopped and saved after step {step}; the same command goes on")
                 raise KeyboardInterrupt
@@ -131,7 +126,7 @@ def train_step(
     samples: Samples,
     step: int,
     device: torch.device,
-) -> dict[str, int | float]:
+) -> dict[str, Any]:
     """One update, the ``step``-th counted from 1; returns its row of the metrics."""
     started = time.perf_counter()
     lr = learning_rate(
@@ -160,6 +155,7 @@ def train_step(
         "grad_norm": norm_value,
         "lr": lr,
         "tokens_per_second": run.schedule.tokens_per_step / (time.perf_counter() - started),
+        "gates": model.statistics(),
     }
 
 

@@ -50,7 +50,8 @@ class Metrics:
         self.file.close()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Record one step: step, tokens, loss, grad_norm, lr, tokens_per_second [, val_loss]."""
+        """Record one step: step, tokens, loss, grad_norm, lr, tokens_per_second,
+        and what else there is to tell: gates, val_loss."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         step = row["step"]

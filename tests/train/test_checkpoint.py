@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gdn2.train import OptimConfig
-from gdn2.train.checkpoint import Checkpoints, claim, remove_unfinished
+from gdn2.train.checkpoint import Checkpoints, claim
 from gdn2.train.optim import build_optimizer
 
 
@@ -102,10 +102,10 @@ def test_unfinished_steps_do_not_count_and_are_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 3, *build())
     checkpoints.path(3).rename(tmp_path / "step_00000006.tmp")
-    (tmp_path / "config.json.tmp").write_text("{")
+    (tmp_path / "notes.tmp").write_text("not ours")
     assert checkpoints.newest() is None
-    remove_unfinished(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    checkpoints.remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path):
