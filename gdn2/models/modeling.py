@@ -64,9 +64,8 @@ class Gdn2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the parameters that `module` itself owns; those that a checkpoint gave stay."""
         own = list(module.parameters(recurse=False))
-        if not own or (
-            module is getattr(self, "lm_head", None) and self.config.tie_word_embeddings
-        ):
+        tied = self.config.tie_word_embeddings and module is getattr(self, "lm_head", None)
+        if tied or not own:
             return
         given = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
         if isinstance(module, nn.Embedding):
