@@ -161,15 +161,15 @@ class _Chunks:
     ):
         self.segment, self.layout, self.inputs = segment, layout, inputs
         self.scale, self.empty, self.keep = scale, empty, keep
-        k = self._load("k", inputs.k).unsqueeze(2)  # [n, H, 1, C, K]
-        self.k = k.expand(-1, -1, layout.P // layout.H, -1, -1)  # [n, H, G, C, K]
-        kinds = 1 if inputs.erase is None else 2
-        rows = empty("rows", *self.k.shape[:4], kinds, layout.K)
-        rows[..., -1, :] = self._load("loaded", inputs.q).unsqueeze(2)
+        # [n, H, G, C, ...]: the heads of the products by key head
+        self.heads = (segment.num_chunks, layout.H, layout.P // layout.H, segment.chunk)
+        k = self._load_shared(inputs.k, empty("k", *self.heads, layout.K))
+        rows = empty("rows", *self.heads, 1 if inputs.erase is None else 2, layout.K)
+        self._load_shared(inputs.q, rows[..., -1, :])
         if inputs.erase is not None:
-            self.erase = self._per_key_head(self._load("erase", inputs.erase))
-            torch.mul(self.k, self.erase, out=rows[..., 0, :])  # Eq. 8
-        self.decay = self._build_decay(rows.flatten(0, 2))
+            self.erase = self._load("erase", inputs.erase).unflatten(1, (layout.H, -1))
+            torch.mul(k, self.erase, out=rows[..., 0, :])  # Eq. 8
+        self.decay = self._build_decay(rows.flatten(0, 2), k.flatten(0, 2))
         if inputs.erase is not None:
             self.inverse = invert_unit_lower(self.decay.scores[:, :, 0])
         self.v = self._load("v", inputs.v).flatten(0, 1)  # [M, C, W]
@@ -179,14 +179,12 @@ class _Chunks:
             self.write = write.unflatten(-1, (layout.HV // layout.P, -1))
             self.z = self._written(self.v)
 
-    def _build_decay(self, rows: Tensor) -> NoDecay | HeadDecay | ChannelDecay:
-        # The copy is decayed in place; k itself is needed again by the backward.
-        k = self.empty("tails", *self.k.shape).copy_(self.k).flatten(0, 2)
-        if self.inputs.log_decay is None:
+    def _build_decay(self, rows: Tensor, k: Tensor) -> NoDecay | HeadDecay | ChannelDecay:
+        x = self.inputs.log_decay
+        if x is None:
             return NoDecay(rows, k, self.empty)
-        shared = self._per_key_head(self._load("loaded", self.inputs.log_decay))
-        log_decay = self.empty("decay", *self.k.shape[:4], shared.shape[-1]).copy_(shared)
-        kind = HeadDecay if shared.shape[-1] == 1 else ChannelDecay
+        log_decay = self._load_shared(x, self.empty("decay", *self.heads, x.shape[2]))
+        kind = HeadDecay if x.shape[2] == 1 else ChannelDecay
         return kind(rows, k, log_decay.flatten(0, 2), self.empty, keep=self.keep)
 
     def scan(self, S: Tensor) -> Tensor:
@@ -259,16 +257,15 @@ class _Chunks:
         self, drows: Tensor, dk: Tensor, dlog_decay: Tensor | None, grads: Operands
     ) -> None:
         """Unfold the erase gate (Eq. 8); add over heads and channels that share an input."""
-        n, H, G, C, K = self.k.shape
-        drows, dk = drows.view(n, H, G, C, -1, K), dk.view(n, H, G, C, K)
+        drows, dk = drows.view(*self.heads, *drows.shape[2:]), dk.view(*self.heads, -1)
         if grads.erase is not None:
             de = drows[..., 0, :]
             dk.addcmul_(de, self.erase)
-            self._store_shared(de.mul_(self.k), grads.erase)
+            self._store_shared(de.mul_(self.decay.raw_k.view_as(dk)), grads.erase)
         self._store_shared(drows[..., -1, :], grads.q)
         self._store_shared(dk, grads.k)
         if grads.log_decay is not None and dlog_decay is not None:
-            self._store_shared(dlog_decay.view(n, H, G, C, -1), grads.log_decay)
+            self._store_shared(dlog_decay.view(*self.heads, -1), grads.log_decay)
 
     def _store_value_side(self, dz: Tensor, grads: Operands) -> None:
         n, P, C = self.segment.num_chunks, self.layout.P, self.segment.chunk
@@ -286,6 +283,13 @@ class _Chunks:
         shape = (self.segment.num_chunks, x.shape[1], self.segment.chunk, x.shape[2])
         return self.segment.load(x, self.empty(name, *shape))
 
+    def _load_shared(self, x: Tensor, chunks: Tensor) -> Tensor:
+        """[tokens, H or P, D] into [n, H, G, C, D], the same for all that share a head."""
+        if x.shape[1] == self.layout.P:
+            self.segment.load(x, chunks.flatten(1, 2))
+            return chunks
+        return chunks.copy_(self._load("shared", x).unsqueeze(2))
+
     def _store_shared(self, grad: Tensor, total: Tensor) -> None:
         """[n, H, G, C, K or 1] to [tokens, H or HV, K or 1]."""
         if total.shape[1] == self.layout.H:
@@ -293,10 +297,6 @@ class _Chunks:
         if total.shape[2] < grad.shape[-1]:
             grad = grad.sum(-1, keepdim=True)
         self.segment.store(grad.flatten(1, 2), total)
-
-    def _per_key_head(self, gate: Tensor) -> Tensor:
-        """[n, H or HV, C, ...] as [n, H, 1 or G, C, ...]."""
-        return gate.unflatten(1, (self.layout.H, -1))
 
     def _written(self, v: Tensor) -> Tensor:
         """Values [M, C, W] times their gate [M, C, value heads, 1 or V]."""

@@ -31,7 +31,7 @@ class NoDecay:
     total = None
 
     def __init__(self, rows: Tensor, k: Tensor, empty: Workspace):
-        self.rows, self.tails, self.empty = rows, k, empty
+        self.rows, self.tails, self.raw_k, self.empty = rows, k, k, empty
         self.scores = _masked_product(rows, k, empty)
 
     def backward(

@@ -26,7 +26,7 @@ def invert_unit_lower(lower: Tensor) -> Tensor:
     while h < base:
         # The rows of the upper half of a block of 2h meet the columns of its lower half.
         meet = (index[:, None] // h == index // h + 1) & (index // h % 2 == 0)
-        part = blocks * meet
+        part = blocks * meet.to(lower.dtype)
         if h == 1:
             inverse = inverse - part
         else:
