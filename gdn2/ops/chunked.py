@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Schedule, Segment, Workspace, build_schedule
-from gdn2.ops.contract import Operands, check_first_order, state_dtype
+from gdn2.ops.contract import Operands, check_first_order, no_autocast, state_dtype
 from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay
 from gdn2.ops.triangular import invert_unit_lower
 
@@ -65,7 +65,8 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dstate):
         check_first_order()
-        operands, starts = Operands(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again at each access
+        operands, starts = Operands(*saved[:6]), saved[6:]
         layout, schedule = ctx.layout, ctx.schedule
         inputs = layout.flat(operands)
         grads = operands.map(lambda t: t.new_empty(t.shape))
@@ -73,10 +74,11 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         dout = layout.values(dout)
         dS = layout.state_in(dstate, schedule, dout.device)
         empty = Workspace(layout.dtype, dout.device)
-        for segment, S in zip(reversed(schedule.segments), reversed(starts), strict=True):
-            chunks = _Chunks(segment, layout, inputs, ctx.scale, empty, keep=True)
-            chunks.scan(S.clone())
-            chunks.backward(dout, dS[segment.sequences], dinputs)
+        with no_autocast(dout):
+            for segment, S in zip(reversed(schedule.segments), reversed(starts), strict=True):
+                chunks = _Chunks(segment, layout, inputs, ctx.scale, empty, keep=True)
+                chunks.scan(S.clone())
+                chunks.backward(dout, dS[segment.sequences], dinputs)
         dstate = layout.state_out(dS, schedule) if ctx.needs_input_grad[6] else None
         return *grads, dstate, None, None, None
 

@@ -1,6 +1,7 @@
 """What every backend is given: the operands of the gated delta rule, checked once at the door."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ class Operands(NamedTuple):
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the state and of every accumulation for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Keep autocast from lowering the precision of products on x's device."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def check_operands(x: Operands) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_cases import GATE_FORMS, Case, error, make_inputs
+from operator_cases import GATE_FORMS, Case, error, make_inputs, run
 
 from gdn2.ops import BACKENDS, gated_delta_rule, gated_delta_step, resolve_backend
 
@@ -59,6 +59,23 @@ def test_broken_boundaries_are_named(bounds):
 def test_packing_needs_one_row():
     with pytest.raises(ValueError, match="needs B == 1, got B=2"):
         gated_delta_rule(**make_inputs(Case()), cu_seqlens=torch.tensor([0, 70]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_the_operator(backend):
+    case = Case(T=40)
+    inputs = make_inputs(case, dtype=torch.float32)
+    plain = run(inputs, case, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run(inputs, case, backend=backend)
+    # The token loop's backward is autograd's own, and runs under the caller's autocast.
+    names = plain if backend == "chunked" else ("out", "new_state")
+    for name in names:
+        assert torch.equal(plain[name], cast[name]), name
+    state, last = inputs.pop("state"), {n: x[:, 0] for n, x in inputs.items() if n != "state"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = gated_delta_step(**last, state=state.clone(), backend=backend)
+    assert torch.equal(out, gated_delta_step(**last, state=state, backend=backend)[0])
 
 
 def step_by_step(inputs: dict, case: Case, backend: str, tokens: int):
