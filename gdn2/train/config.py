@@ -7,15 +7,14 @@ Steps are derived. ``total_tokens`` and ``warmup_tokens`` round up to whole step
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, Literal, get_type_hints
 
-from transformers import AutoConfig, PretrainedConfig
-
+from gdn2.models import Gdn2Config
 from gdn2.train.settings import conform, parse
 
 
@@ -103,7 +102,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    model: PretrainedConfig
+    model: Gdn2Config
     data: DataConfig
     optim: OptimConfig
     schedule: ScheduleConfig
@@ -146,29 +145,25 @@ class Run:
 
 def run_to_dict(run: Run) -> dict[str, Any]:
     """The resolved run as JSON types; ``run_from_dict`` is its inverse."""
-    tree = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-    for name, value in tree.items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            tree[name] = dataclasses.asdict(value)
-    model = {name: getattr(run.model, name) for name in _model_kinds(type(run.model))}
-    tree["model"] = {"model_type": run.model.model_type, **model}
+    tree: dict[str, Any] = {}
+    for name, kind in _RUN_KINDS.items():
+        section, kinds = getattr(run, name), _section_kinds(kind)
+        tree[name] = {key: getattr(section, key) for key in kinds} if kinds else section
     return json.loads(json.dumps(tree))
 
 
 def run_from_dict(tree: Mapping[str, Any]) -> Run:
     """The run that ``run_to_dict`` wrote; unknown keys and wrong types raise ValueError."""
-    sections: dict[str, Any] = {}
+    sections = {}
     for name, value in tree.items():
-        kind: Any = _kind_of(_RUN_KINDS, name, "Run")
-        if name == "model":
-            settings = dict(value)
-            model_type = settings.pop("model_type")
-            model_class = type(AutoConfig.for_model(model_type))
-            sections[name] = model_class(**_checked(settings, _model_kinds(model_class), "model"))
-        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            sections[name] = kind(**_checked(value, get_type_hints(kind), name))
-        else:
-            sections[name] = conform(value, kind, name)
+        kind = _kind_of(_RUN_KINDS, name, "Run")
+        kinds = _section_kinds(kind)
+        if kinds:
+            value = {
+                key: conform(item, _kind_of(kinds, key, name), f"{name}.{key}")
+                for key, item in value.items()
+            }
+        sections[name] = kind(**value) if kinds else conform(value, kind, name)
     return Run(**sections)
 
 
@@ -186,32 +181,30 @@ def override_all(run: Run, assignments: Iterable[str]) -> Run:
             raise ValueError(f"an override is written a.b=value, got {assignment!r}")
         section, _, name = path.partition(".")
         kind = _kind_of(_RUN_KINDS, section, "Run")
-        if section == "model":
-            kinds = _model_kinds(type(run.model))
-        elif dataclasses.is_dataclass(kind):
-            kinds = get_type_hints(kind)
-        elif name:
+        kinds = _section_kinds(kind)
+        if kinds and not name:
+            raise ValueError(f"{section} is a section; set one of {section}.{{{', '.join(kinds)}}}")
+        if name and not kinds:
             raise ValueError(f"{section} is a single value, it has no field {name!r}")
+        if kinds:
+            tree[section][name] = parse(text, _kind_of(kinds, name, section), path)
         else:
             tree[section] = parse(text, kind, path)
-            continue
-        if not name:
-            raise ValueError(f"{section} is a section; set one of {section}.{{{', '.join(kinds)}}}")
-        tree[section][name] = parse(text, _kind_of(kinds, name, section), path)
     return run_from_dict(tree)
 
 
 _RUN_KINDS = get_type_hints(Run)
 
 
-def _model_kinds(model_class: type[PretrainedConfig]) -> dict[str, Any]:
-    """Name and annotation of what the model's configuration takes; HF's own keywords left out."""
-    hints = get_type_hints(model_class.__init__)
-    return {
-        name: hints.get(name, Any)
-        for name, parameter in inspect.signature(model_class.__init__).parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
+def _section_kinds(kind: Any) -> dict[str, Any]:
+    """Name and annotation of a section's settings; none for a single value.
+
+    The model's are those of ``Gdn2Config.__init__``, without the keywords of Hugging Face.
+    """
+    if kind is Gdn2Config:
+        hints = get_type_hints(Gdn2Config.__init__)
+        return {name: hints[name] for name in signature(Gdn2Config).parameters if name != "kwargs"}
+    return get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
 
 
 def _kind_of(kinds: Mapping[str, Any], name: str, owner: str) -> Any:
@@ -219,13 +212,6 @@ def _kind_of(kinds: Mapping[str, Any], name: str, owner: str) -> Any:
         close = ", ".join(get_close_matches(name, kinds) or kinds)
         raise ValueError(f"{owner} has no field {name!r}; close: {close}")
     return kinds[name]
-
-
-def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    return {
-        name: conform(value, _kind_of(kinds, name, owner), f"{owner}.{name}")
-        for name, value in values.items()
-    }
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

@@ -144,7 +144,7 @@ def train_step(
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise RuntimeError(
             f"step {step}: loss {loss_value}, gradient norm {norm_value}. Stopped before the "
-            f"update; the newest checkpoint is the last good one. A lower optim.lr may help"
+            f"update, so the checkpoints are good; a lower optim.lr may help"
         )
     optimizer.step()
     optimizer.zero_grad()

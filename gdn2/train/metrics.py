@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import matplotlib.figure
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -92,15 +94,15 @@ def truncate(path: Path, step: int) -> None:
 
 
 def plot_loss(metrics: Path, target: Path) -> None:
-    """Draw training loss, its running mean and validation loss over tokens into a PNG."""
+    """Draw training loss, its trailing mean and validation loss over tokens into a PNG."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not rows:
         return
     tokens, losses = [row["tokens"] for row in rows], [row["loss"] for row in rows]
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training, a step")
-    axes.plot(tokens, _running_mean(losses), color="tab:blue", label="training, running mean")
+    axes.plot(tokens, _trailing_mean(losses), color="tab:blue", label="training, mean")
     validated = [row for row in rows if "val_loss" in row]
     if validated:
         axes.plot(
@@ -112,6 +114,7 @@ def plot_loss(metrics: Path, target: Path) -> None:
             label="validation",
         )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     unfinished = target.with_name(target.name + ".tmp")
@@ -119,10 +122,11 @@ def plot_loss(metrics: Path, target: Path) -> None:
     unfinished.replace(target)
 
 
-def _running_mean(values: list[float], weight: float = 0.05) -> list[float]:
-    """Exponential mean; early values are weighted as if the past had never been zero."""
-    means, total, mass = [], 0.0, 0.0
-    for value in values:
-        total, mass = (1 - weight) * total + weight * value, (1 - weight) * mass + weight
-        means.append(total / mass)
-    return means
+def _trailing_mean(values: list[float]) -> list[float]:
+    """The mean of the last fiftieth of the run, up to each value."""
+    window = max(1, len(values) // 50)
+    sums = [0.0, *accumulate(values)]
+    return [
+        (sums[end] - sums[max(0, end - window)]) / min(window, end)
+        for end in range(1, len(values) + 1)
+    ]
