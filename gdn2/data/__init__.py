@@ -7,13 +7,13 @@ _missing = [name for name in ("numpy", "pyarrow", "rich", "tokenizers") if find_
 if _missing:
     raise ImportError(f"gdn2.data needs {', '.join(_missing)}: pip install 'gdn2[data]'")
 
-from .dataset import TokenDataset  # noqa: E402
-from .pipeline import prepare  # noqa: E402
-from .shards import Manifest, load_manifest  # noqa: E402
-from .tokenize import Encoder, load_encoder  # noqa: E402
+from gdn2.data.dataset import TokenDataset  # noqa: E402
+from gdn2.data.pipeline import prepare  # noqa: E402
+from gdn2.data.shards import Manifest, load_manifest  # noqa: E402
+from gdn2.data.tokenize import Encoder, load_encoder  # noqa: E402
 
 if TYPE_CHECKING:
-    from .loader import Batch, Samples
+    from gdn2.data.loader import Batch, Samples
 
 __all__ = [
     "Batch",
@@ -29,7 +29,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in ("Batch", "Samples"):  # these alone need torch, which preparing workers do not
-        from . import loader
+        from gdn2.data import loader
 
         return getattr(loader, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

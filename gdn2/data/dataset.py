@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .shards import INDEX_DTYPE, SPLITS, load_manifest, sha256_of
+from gdn2.data.shards import INDEX_DTYPE, SPLITS, load_manifest, sha256_of
 
 
 class TokenDataset:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .shards import SPLITS, token_dtype
-from .sources import START, Document, Position
-from .tokenize import Encoder, load_encoder
+from gdn2.data.shards import SPLITS, token_dtype
+from gdn2.data.sources import START, Document, Position
+from gdn2.data.tokenize import Encoder, load_encoder
 
 
 @dataclass

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .shards import Shard, write_json
-from .sources import START, Position
+from gdn2.data.shards import Shard, write_json
+from gdn2.data.sources import START, Position
 
 JOURNAL = "journal.json.tmp"  # gone when the folder is complete
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import TokenDataset
+from gdn2.data.dataset import TokenDataset
 
 PACKINGS = ("packed", "concat")
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import TokenDataset
-from .encode import Encoded, TextBatch, batch_documents, encode_batches, text_hash
-from .journal import Journal, locked, refuse_differences
-from .progress import ProgressBar, say
-from .shards import (
+from gdn2.data.dataset import TokenDataset
+from gdn2.data.encode import Encoded, TextBatch, batch_documents, encode_batches, text_hash
+from gdn2.data.journal import Journal, locked, refuse_differences
+from gdn2.data.progress import ProgressBar, say
+from gdn2.data.shards import (
     MANIFEST,
     SPLITS,
     VERSION,
@@ -33,8 +33,8 @@ from .shards import (
     sync_folder,
     token_dtype,
 )
-from .sources import Corpus, Position, find_source
-from .tokenize import (
+from gdn2.data.sources import Corpus, Position, find_source
+from gdn2.data.tokenize import (
     DEFAULT_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
     SEPARATOR_TOKEN,
