@@ -153,7 +153,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'gdn2[eval]'") from error
     buckets = result["by_position"]
-    edges = [max(bucket["start"], 1) for bucket in buckets] + [buckets[-1]["end"]]
+    ends = [bucket["end"] for bucket in buckets]
+    edges = [ends[0] // 2, *ends]  # the first bucket begins at 0, which has no logarithm
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -167,7 +168,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         color="gray",
     )
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("position in the document (tokens)")
+    axes.set_xticks(ends, [str(end) for end in ends])
+    axes.set_xlabel("position (tokens of context, up to)")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result['bits_per_byte']:.3f} bits per byte, {result['tokens']:,} tokens")
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     out = parser.parse_args().out
 
-    from .demo import CommandFailed, run_demo  # not in the workers that prepare text
+    from recipes.demo.demo import CommandFailed, run_demo  # not in the workers that prepare text
 
     try:
         run_demo(out)

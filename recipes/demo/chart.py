@@ -85,7 +85,7 @@ def line_chart(
     for level in levels:
         _, height = at((x.low, level.value))
         body.append(_line(LEFT, height, WIDTH - RIGHT, height, "level"))
-        names.append((height, "level-name", f"{level.name} {level.value:.3f}"))
+        names.append((height, "level-name", f"{level.name} {level.value:#.4g}"))
     curves = []
     for one in series:
         where = " ".join(f"{a - LEFT:.1f},{b - TOP:.1f}" for a, b in map(at, one.points))
@@ -95,8 +95,8 @@ def line_chart(
         across, height = at(end)
         if one.dot:
             fill = f'style="fill:var(--series-{one.color})"'
-            body.append(f'<circle class="dot" cx="{across:.1f}" cy="{height:.1f}" r="5" {fill}/>')
-        names.append((height, f"name-{one.color}", f"{one.name} {end[1]:.3f}"))
+            body.append(f'<circle class="dot" cx="{across:.1f}" cy="{height:.1f}" r="4.5" {fill}/>')
+        names.append((height, f"name-{one.color}", f"{one.name} {end[1]:#.4g}"))
     body += _names(names)
     # A nested svg cuts off what lies outside it: a loss begins far above the plot.
     plot = (

@@ -11,11 +11,13 @@ import platform
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -29,10 +31,9 @@ from gdn2.models.loading import load_checkpoint
 from gdn2.presets import load_preset
 from gdn2.train import Run
 from gdn2.train.record import commit
-
-from .baselines import ByteNgram, compressed_bits_per_byte
-from .corpus import seen_documents, split_documents
-from .report import BASELINES, Report, Twin, passed, write_report
+from recipes.demo.baselines import ByteNgram, compressed_bits_per_byte
+from recipes.demo.corpus import seen_documents, split_documents
+from recipes.demo.report import BASELINES, Report, Twin, passed, write_report
 
 TWINS = MappingProxyType(  # name in the report -> preset
     {
@@ -95,6 +96,7 @@ def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TW
         validation_documents=validation.num_documents,
         training_bytes=sum(map(len, seen)),
         sequence_length=first.data.sequence_length,
+        sampling=f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",
         machine=_machine(),
         versions=_versions(),
         commit=commit() or "unknown",
@@ -109,12 +111,12 @@ def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TW
 def _twin(name: str, run: Run, folder: Path, training: TokenDataset, encoder: Encoder) -> Twin:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((folder / "eval.json").read_text())
-    sizes = account(run.model, length=run.data.sequence_length)
+    sizes = account(run.model, length=run.data.sequence_length, dtype=torch.float32)
     model, _, _ = load_checkpoint(folder)
     samples = []
-    for prompt in PROMPTS:
+    for seed, prompt in enumerate(PROMPTS):
         text: list[str] = []
-        sample_text(model, encoder, prompt, SAMPLING, on_text=text.append)
+        sample_text(model, encoder, prompt, replace(SAMPLING, seed=seed), on_text=text.append)
         samples.append((prompt, "".join(text)))
     return Twin(
         name=name,
@@ -163,9 +165,9 @@ def _versions() -> dict[str, str]:
 
 def _show(report: Report, console: Console) -> None:
     table = Table(box=box.SIMPLE)
-    table.add_column("model")
-    for head in ("parameters", "tokens/s", "perplexity", "bits per byte"):
-        table.add_column(head, justify="right")
+    table.add_column("model", no_wrap=True)
+    for head in ("parameters", "tokens/s", "perplexity", "bits/byte"):
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("has passed")
     for twin in report.twins:
         table.add_row(

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .chart import Axis, Level, Point, Series, line_chart
+from recipes.demo.chart import Axis, Level, Point, Series, line_chart
 
 BASELINES = {"gzip": "gzip -9", "xz": "xz -9", "ngram5": "byte 5-gram"}
 
@@ -39,6 +39,7 @@ class Report:
     training_bytes: int
     """What the 5-gram was trained on."""
     sequence_length: int
+    sampling: str
     machine: dict[str, Any]
     versions: dict[str, str]
     commit: str
@@ -95,16 +96,16 @@ def _head(report: Report) -> str:
     best = min(report.twins, key=lambda twin: twin.bits_per_byte)
     beaten = [BASELINES[name] for name in passed(best, report.baselines)]
     missed = [BASELINES[name] for name in report.baselines if BASELINES[name] not in beaten]
-    verdict = f"It has passed {_join(beaten)}" if beaten else "It has passed no baseline yet"
-    if missed and beaten:
-        verdict += f", not yet {_join(missed)}"
+    verdict = f"Passed: {', '.join(beaten) or 'no baseline yet'}."
+    if missed:
+        verdict += f" Not passed: {', '.join(missed)}."
     return (
         "<h1>Four small language models, one operator</h1>"
         "<p class=lead>The same text, the same number of tokens, nearly the same number of "
         "parameters; what differs is the mixer. Trained from nothing on this machine's own Python "
         "library, scored on files that no model has seen. "
         f"Best: <b>{escape(best.title)}</b> with <b>{best.bits_per_byte:.3f}</b> bits per byte. "
-        f"{verdict}.</p>"
+        f"{verdict}</p>"
     )
 
 
@@ -174,8 +175,9 @@ def _learning(report: Report) -> str:
         levels=[Level(name=BASELINES[name], value=v) for name, v in report.baselines.items()],
     )
     return (
-        f"<h2>Learning</h2>{chart}<p class=note>Curves: training loss, a running mean over steps, "
-        "in bits per byte of the training text. Dots: the validation score of the finished model. "
+        f"<h2>Learning</h2><div class=wide>{chart}</div>"
+        "<p class=note>Curves: training loss, a running mean over steps, in bits "
+        "per byte of the training text. Dots: the validation score of the finished model. "
         "Dashed: the baselines on the validation text.</p>"
     )
 
@@ -195,8 +197,9 @@ def _positions(report: Report) -> str:
         mark=(report.sequence_length, "training length"),
     )
     return (
-        f"<h2>Use of context</h2>{chart}<p class=note>Perplexity of the tokens that have this much "
-        "text before them. Right of the mark lie lengths that training never showed.</p>"
+        f"<h2>Use of context</h2><div class=wide>{chart}</div>"
+        "<p class=note>Perplexity of the tokens that have this much text before them. "
+        "Right of the mark lie lengths that training never showed.</p>"
     )
 
 
@@ -209,7 +212,11 @@ def _samples(report: Report) -> str:
         )
         swatch = f'<i style="background:var(--series-{index})"></i>'
         blocks.append(f"<div><h3>{swatch}{escape(twin.title)}</h3>{texts}</div>")
-    return f"<h2>What they write</h2><div class=samples>{''.join(blocks)}</div>"
+    return (
+        f"<h2>What they write</h2><div class=samples>{''.join(blocks)}</div>"
+        f"<p class=note>After the prompt in bold: {escape(report.sampling)}, not chosen by "
+        "hand.</p>"
+    )
 
 
 def _provenance(report: Report) -> str:
@@ -220,10 +227,6 @@ def _provenance(report: Report) -> str:
     )
     commands = escape("\n".join(report.commands))
     return f"<h2>How it was made</h2><dl>{items}</dl><pre>{commands}</pre>"
-
-
-def _join(names: Sequence[str]) -> str:
-    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _style() -> str:

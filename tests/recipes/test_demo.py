@@ -111,6 +111,7 @@ def test_text_of_models_and_machines_cannot_break_the_page(demo: tuple[Report, P
         machine={"processor": evil},
         versions={evil: evil},
         commit=evil,
+        sampling=evil,
         commands=[evil],
     )
     html = render_html(report)
@@ -126,10 +127,11 @@ def test_the_verdict_names_what_is_passed_and_what_is_not(demo: tuple[Report, Pa
         return render_html(replace(demo[0], baselines=baselines))
 
     some = verdict(gzip=above, xz=below, ngram5=below)
-    assert "It has passed gzip -9, not yet xz -9 and byte 5-gram." in some
-    assert "It has passed no baseline yet." in verdict(gzip=below, xz=below, ngram5=below)
-    all_passed = verdict(gzip=above, xz=above, ngram5=above)
-    assert "It has passed gzip -9, xz -9 and byte 5-gram." in all_passed
+    assert "Passed: gzip -9. Not passed: xz -9, byte 5-gram.</p>" in some
+    none = verdict(gzip=below, xz=below, ngram5=below)
+    assert "Passed: no baseline yet. Not passed: gzip -9, xz -9, byte 5-gram.</p>" in none
+    every = verdict(gzip=above, xz=above, ngram5=above)
+    assert "Passed: gzip -9, xz -9, byte 5-gram.</p>" in every
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:
