@@ -213,7 +213,13 @@ def _build_parser() -> argparse.ArgumentParser:
     # Options that are not given stay absent: gdn2.data.prepare has the defaults.
     tokenizer = sub.add_mutually_exclusive_group()
     _option(tokenizer, "--tokenizer", "PATH", "use this tokenizer (folder or file)", type=Path)
-    _option(tokenizer, "--vocab-size", "N", "train a byte-level BPE of this size", type=int)
+    _option(
+        tokenizer,
+        "--vocab-size",
+        "N",
+        "size of the byte-level BPE to train (default: 8192)",
+        type=int,
+    )
     _option(sub, "--text-column", "NAME", "column or key that holds the text (default: text)")
     _option(sub, "--val-fraction", "F", "share of validation (default: 0.01)", type=float)
     _option(sub, "--workers", "N", "processes that tokenize (default: all cores)", type=int)
