@@ -201,12 +201,12 @@ class _Chunks:
         read = empty("read", *d.rows.shape[:3], W)  # rows S_0, [M, C, Y, W]
         self.R = empty("R", M, C, W) if has_erase else self.z
         if self.keep:
-            self.states = empty("states", M, *S.shape[2:])  # S_0 of each chunk
+            self.states = empty("states", M, W, S.shape[2])  # S_0^T of each chunk
         for first, count in self.segment.steps:
             now = slice(first * P, (first + count) * P)
             state = S[:count].flatten(0, 1)
             if self.keep:
-                self.states[now] = state
+                self.states[now] = state.mT
             torch.bmm(d.rows[now].flatten(1, 2), state, out=read[now].flatten(1, 2))
             if has_erase:
                 X = torch.sub(self.z[now], read[now, :, 0], out=empty("X", count * P, C, W))
@@ -229,11 +229,11 @@ class _Chunks:
         dread[:, :, -1] = dO
         dR = torch.bmm(d.scores[:, :, -1].mT, dO, out=empty("dR", M, C, W))
         dz = empty("dz", M, C, W) if has_erase else dR
-        dstates = empty("dstates", *self.states.shape)  # dS_C of each chunk
+        dstates = empty("dstates", *self.states.shape)  # dS_C^T of each chunk
         for first, count in reversed(self.segment.steps):
             now = slice(first * P, (first + count) * P)
             dstate = dS[:count].flatten(0, 1)
-            dstates[now] = dstate
+            dstates[now] = dstate.mT
             dR[now].baddbmm_(d.tails[now], dstate)
             if has_erase:
                 torch.bmm(self.inverse[now].mT, dR[now], out=dz[now])
@@ -242,9 +242,9 @@ class _Chunks:
                 dstate.mul_(d.total[now].unsqueeze(-1))
             dstate.baddbmm_(d.rows[now].flatten(1, 2).mT, dread[now].flatten(1, 2))
         flat = dread.flatten(1, 2)
-        drows = torch.bmm(flat, self.states.mT, out=empty("drows", M, C * kinds, K))
+        drows = torch.bmm(flat, self.states, out=empty("drows", M, C * kinds, K))
         dscores = torch.bmm(flat, self.R.mT, out=empty("dscores", M, C * kinds, C))
-        dtails = torch.bmm(self.R, dstates.mT, out=empty("dtails", M, C, K))
+        dtails = torch.bmm(self.R, dstates, out=empty("dtails", M, C, K))
         drows, dk, dlog_decay = d.backward(
             drows.view(M, C, kinds, K),
             dtails,

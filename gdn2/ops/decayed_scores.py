@@ -8,8 +8,8 @@ where y runs over the kinds of row: the erase row (strictly lower triangular), i
 last the query row (lower triangular). Each class below also decays the rows from the start of the
 chunk and k to its end, as the scan over chunks wants them; `rows` and `k` are overwritten by that.
 `backward` differentiates all of it: from the gradients of rows, tails and scores, which it may
-overwrite, and from each chunk's incoming state S and the gradient dS of its outgoing one, to the
-gradients of the raw rows, k and log-decay.
+overwrite, and from each chunk's incoming state S and the gradient dS of its outgoing one (both
+transposed, [M, W, K]), to the gradients of the raw rows, k and log-decay.
 
 Every exponent is <= 0, and no difference of long cumulative sums is formed.
 
@@ -72,7 +72,7 @@ class HeadDecay:
         at_end = _dot(self.tails, dtails, self.empty)
         dG = meetings.sum(2) - meetings.sum(1) - at_end
         dG += _dot(self.rows, drows, self.empty).sum(2)
-        dG[:, -1] += at_end.sum(1) + (self.total * _dot(dS, S, self.empty)).sum(1)
+        dG[:, -1] += at_end.sum(1) + (self.total * _column_dot(dS, S, self.empty)).sum(1)
         dscores.mul_(self.between.unsqueeze(2))
         drows.mul_(self.prefix.unsqueeze(-1))
         dtails.mul_(self.between[:, -1].unsqueeze(-1))
@@ -120,10 +120,7 @@ class ChannelDecay:
                         total,
                     )
                 )
-            if h == 1:  # products of so few numbers are slow as matrix products
-                met = _dot(upper, lower, empty).unsqueeze(-1)
-            else:
-                met = torch.bmm(upper, lower.mT, out=empty("met", len(upper), h * Y, h))
+            met = self._meet(upper, lower)
             _lower_left(self.scores, h).copy_(met.view(M, -1, h * Y, h).permute(0, 2, 3, 1))
             upper.mul_(total[:, 0])
             lower.mul_(total[:, 1])
@@ -132,14 +129,24 @@ class ChannelDecay:
             total = torch.mul(total[:, 0], total[:, 1], out=merged)
         self.total = total.view(M, K)
 
+    def _meet(self, upper: Tensor, lower: Tensor) -> Tensor:
+        """``upper lower^T`` of many small blocks [b, h Y, K] and [b, h, K], in BLAS's best form."""
+        b, h, K = lower.shape
+        if h == 1:
+            return _dot(upper, lower, self.empty).unsqueeze(-1)
+        columns = lower.mT
+        if h > 2:  # MKL is up to ten times faster where it need not transpose such small factors
+            columns = self.empty("columns", b, K, h).copy_(columns)
+        return torch.bmm(upper, columns, out=self.empty("met", b, upper.shape[1], h))
+
     def backward(
         self, drows: Tensor, dtails: Tensor, dscores: Tensor, S: Tensor, dS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, C, Y, K = drows.shape
         empty = self.empty
         # The end of the chunk enters through the columns' decay to it and through the state's.
-        dend = torch.mul(self.tails, dtails, out=empty("product", *dtails.shape)).sum(1)
-        dend.addcmul_(self.total, _dot(dS, S, empty))
+        dend = _column_dot(self.tails, dtails, empty)
+        dend.addcmul_(self.total, _column_dot(dS, S, empty))
         h = C // 2
         for upper, lower, total in reversed(self.merges):
             met = empty("met", len(upper), h * Y, h)
@@ -184,6 +191,11 @@ def _dot(a: Tensor, b: Tensor, empty: Workspace) -> Tensor:
     """``(a * b).sum(-1)``, broadcast."""
     shape = torch.broadcast_shapes(a.shape, b.shape)
     return torch.mul(a, b, out=empty("product", *shape)).sum(-1)
+
+
+def _column_dot(a: Tensor, b: Tensor, empty: Workspace) -> Tensor:
+    """``(a * b).sum(1)``."""
+    return torch.mul(a, b, out=empty("product", *a.shape)).sum(1)
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor, empty: Workspace) -> None:
