@@ -47,8 +47,10 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def remove_unfinished(self) -> None:
-        """Delete what a killed process left half-written or half-deleted."""
+    def tidy(self) -> None:
+        """Delete the oldest beyond ``keep``, and what a killed process left half-done."""
+        for old in self.steps()[: -self.keep]:
+            self.path(old).rename(self.path(old).with_suffix(UNFINISHED))
         for path in self.folder.glob("step_*" + UNFINISHED):
             shutil.rmtree(path)
 
@@ -61,7 +63,7 @@ class Checkpoints:
         tokens: int,
         write_more: Callable[[Path], None],
     ) -> None:
-        """Write ``step``, unless it is there, and drop the oldest beyond ``keep``.
+        """Write ``step``, unless it is there, and tidy.
 
         ``write_more(folder)`` adds what makes the folder readable on its own.
         """
@@ -75,10 +77,7 @@ class Checkpoints:
             write_more(folder)
 
         write_folder(self.path(step), write)
-        for old in self.steps()[: -self.keep]:
-            doomed = self.path(old).with_suffix(UNFINISHED)
-            self.path(old).rename(doomed)
-            shutil.rmtree(doomed)
+        self.tidy()
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put ``step`` into the model, the optimizer and torch's random generator."""

@@ -67,7 +67,7 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     if final.exists():
         print(f"{out} is finished after {run.total_steps} steps; its model is in {final}")
         return
-    checkpoints.remove_unfinished()
+    checkpoints.tidy()
     write_json(out / "config.json", record)
 
     samples = Samples(

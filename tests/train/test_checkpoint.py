@@ -104,8 +104,15 @@ def test_unfinished_steps_do_not_count_and_are_removed(tmp_path):
     checkpoints.path(3).rename(tmp_path / "step_00000006.tmp")
     (tmp_path / "notes.tmp").write_text("not ours")
     assert checkpoints.newest() is None
-    checkpoints.remove_unfinished()
+    checkpoints.tidy()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
+
+
+def test_steps_beyond_those_to_keep_go_also_when_nothing_is_saved(tmp_path):
+    for step in (3, 6, 9):
+        save(Checkpoints(tmp_path, keep=3), step, *build())
+    Checkpoints(tmp_path, keep=1).tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000009"]
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path):
