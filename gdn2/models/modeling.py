@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.initialization import no_init_weights
@@ -20,11 +19,10 @@ from transformers.utils.generic import can_return_tuple
 from gdn2.layers import DeltaMixer
 from gdn2.models.cache import Gdn2Cache
 from gdn2.models.configuration import Gdn2Config
+from gdn2.models.loss import IGNORED, linear_cross_entropy, token_losses
 from gdn2.models.mixers import MIXERS
 from gdn2.modules import RMSNorm, SwiGLU
 from gdn2.modules.linear import OutputLinear
-
-LOSS_CHUNK = 1024  # tokens whose logits exist at a time
 
 
 class Block(nn.Module):
@@ -202,9 +200,11 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = None
         if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-            losses = self._losses(hidden, shifted)
-            loss = losses.sum() / (shifted != -100).sum()
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            total = linear_cross_entropy(
+                hidden.flatten(0, 1), self.lm_head.weight, shifted.flatten()
+            )
+            loss = total / (shifted != IGNORED).sum()
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
             loss=loss, logits=self.lm_head(hidden[:, keep]), past_key_values=out.past_key_values
@@ -218,35 +218,27 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         tokens, labels: ``[B, T]``; labels are already shifted, -100 is ignored. cu_seqlens
         ``[N + 1]`` packs N sequences into one row (B = 1). Logits are never all in memory.
         """
-        return self.token_losses(tokens, labels, cu_seqlens).sum(), (labels != -100).sum()
+        hidden = self._hidden(tokens, labels, cu_seqlens)
+        total = linear_cross_entropy(hidden, self.lm_head.weight, labels.flatten())
+        return total, (labels != IGNORED).sum()
 
+    @torch.no_grad()
     def token_losses(
         self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The terms of `loss`, ``[B, T]`` float32, zero where the label is -100."""
+        """The terms of `loss`, ``[B, T]`` float32, zero where the label is -100; no gradient."""
+        hidden = self._hidden(tokens, labels, cu_seqlens)
+        return token_losses(hidden, self.lm_head.weight, labels.flatten()).view(labels.shape)
+
+    def _hidden(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Hidden states ``[B * T, D]``."""
         if tokens.shape != labels.shape:
             raise ValueError(
                 f"tokens and labels must have one shape [B, T], got {list(tokens.shape)} "
                 f"and {list(labels.shape)}"
             )
         out = self.model(tokens, use_cache=False, cu_seqlens=cu_seqlens)
-        return self._losses(out.last_hidden_state, labels)
-
-    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Loss per token; the backward computes the logits of each chunk a second time."""
-        chunks = zip(
-            hidden.flatten(0, 1).split(LOSS_CHUNK), labels.flatten().split(LOSS_CHUNK), strict=True
-        )
-        losses = [
-            checkpoint(self._chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-        return torch.cat(losses).view(labels.shape)
-
-    def _chunk_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        return out.last_hidden_state.flatten(0, 1)
 
     def statistics(self) -> dict[str, float]:
         """Mean gates of the last forward, over layers and a sample of its tokens."""

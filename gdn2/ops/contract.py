@@ -132,7 +132,7 @@ def check_first_order() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "this backward has no gradient of its own (create_graph=True): "
+            "this backward has no gradient of its own (create_graph=True); of the operator, "
             "gated_delta_rule(..., backend='reference') has"
         )
 

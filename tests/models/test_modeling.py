@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM, modeling
+from gdn2.models import loss as loss_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  # float64: only the order of sums differs
 
@@ -193,7 +194,7 @@ def test_future_tokens_cannot_change_past_logits(model, tokens):
 
 
 def test_loss_is_the_cross_entropy_in_value_and_gradient(model, tokens, monkeypatch):
-    monkeypatch.setattr(modeling, "LOSS_CHUNK", 16)
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
     labels = tokens.roll(-1, 1)
     labels[0, :5] = labels[2, -1] = -100
     total, count = model.loss(tokens, labels)
@@ -255,7 +256,7 @@ class NoTensorOver(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_loss_never_holds_all_logits(make_model, monkeypatch):
-    monkeypatch.setattr(modeling, "LOSS_CHUNK", 32)
+    monkeypatch.setattr(loss_module, "CHUNK", 32)
     T, V = 256, 16000
     model, tokens = make_model(["gdn2"], vocab_size=V), torch.randint(0, V, (1, T))
     saved = []

@@ -1,0 +1,74 @@
+"""Cross entropy of a linear map's logits, a chunk of tokens at a time.
+
+Axes: M tokens, D model width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from gdn2.ops.contract import check_first_order
+
+IGNORED = -100
+CHUNK = 1024  # tokens whose logits exist at a time
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """``sum_i logsumexp(W h_i) - (W h_i)[label_i]`` over the labels that are not -100, in float32.
+
+    The gradient is computed beside the loss, while a chunk's logits exist: one [M, D] and one
+    [V, D], which the backward only scales. Logits are never all in memory, nor computed twice.
+
+    Args:
+        hidden: ``[M, D]``. weight: ``[V, D]``. labels: ``[M]`` integers.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, wanted)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The terms of `linear_cross_entropy`, ``[M]`` float32, zero where the label is -100."""
+    parts = [
+        _chunk_losses(h, weight, y)[0]
+        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [m], logits [m, V] and their logsumexp [m, 1], at least float32."""
+    logits = hidden @ weight.mT
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = logits.logsumexp(1, keepdim=True)
+    picked = logits.gather(1, labels.clamp(min=0)[:, None])
+    losses = (total - picked)[:, 0].masked_fill(labels == IGNORED, 0.0)
+    return losses, logits, total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, wanted):
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = total.to(hidden.device)
+        if wanted:
+            dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), CHUNK):
+            now = slice(start, start + CHUNK)
+            losses, logits, normaliser = _chunk_losses(hidden[now], weight, labels[now])
+            total += losses.sum()
+            if wanted:
+                valid = labels[now, None] != IGNORED
+                dlogits = logits.sub_(normaliser).exp_()  # softmax, then minus one at the label
+                dlogits.scatter_add_(1, labels[now, None].clamp(min=0), -valid.to(logits.dtype))
+                dlogits = dlogits.mul_(valid).to(hidden.dtype)
+                dhidden[now] = dlogits @ weight
+                dweight += dlogits.mT @ hidden[now]
+        if wanted:
+            ctx.save_for_backward(dhidden, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        check_first_order()
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dtotal, dweight * dtotal, None, None
