@@ -82,13 +82,16 @@ def run(
     With `upstream_until` the loss sees only the outputs before that position, and not the state.
     """
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
-    cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
+    device = inputs["q"].device
+    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=device)
     out, state = gated_delta_rule(
         **leaves, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend
     )
     generator = torch.Generator().manual_seed(99)
-    d_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    d_state = torch.randn(state.shape, generator=generator, dtype=torch.float64)
+    d_out, d_state = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)
+        for x in (out, state)
+    )
     if upstream_until is None:
         loss = (out.double() * d_out).sum() + (state.double() * d_state).sum()
     else:

@@ -139,19 +139,12 @@ class Schedule:
 
 
 def build_schedule(
-    batch: int, time: int, cu_seqlens: Tensor | None, *, chunk: int, chunks_per_segment: int
+    bounds: list[int], *, chunk: int, chunks_per_segment: int, device: torch.device
 ) -> Schedule:
-    """Cut ``[batch, time]`` tokens, or one packed row, into chunks and segments."""
-    if cu_seqlens is None:
-        starts, lengths = [b * time for b in range(batch)], [time] * batch
-        device, order = None, list(range(batch))
-    else:
-        bounds = cu_seqlens.tolist()
-        starts = bounds[:-1]
-        lengths = [stop - start for start, stop in pairwise(bounds)]
-        order = sorted(range(len(starts)), key=lambda n: -lengths[n])
-        device = cu_seqlens.device
-    sequences = [(starts[n], lengths[n]) for n in order]
+    """Cut the sequences between `bounds` of the flat token axis into chunks and segments."""
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    sequences = [(bounds[n], lengths[n]) for n in order]
     segments: list[Segment] = []
     for first in range(0, len(sequences), chunks_per_segment):
         group = sequences[first : first + chunks_per_segment]
@@ -166,7 +159,7 @@ def _cut_group(
     first_rank: int,
     chunk: int,
     chunks_per_segment: int,
-    device: torch.device | None,
+    device: torch.device,
 ) -> Iterator[Segment]:
     """Segments of a group of (start, length) that is sorted by falling length."""
     steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of every chunk of every step
@@ -185,7 +178,7 @@ def _cut_group(
 
 
 def _build_segment(
-    steps: list[list[tuple[int, int]]], first_rank: int, chunk: int, device: torch.device | None
+    steps: list[list[tuple[int, int]]], first_rank: int, chunk: int, device: torch.device
 ) -> Segment:
     sequences = slice(first_rank, first_rank + len(steps[0]))
     firsts = accumulate((len(step) for step in steps), initial=0)
@@ -201,10 +194,10 @@ def _build_segment(
 
 
 def _lattice(steps: list[list[tuple[int, int]]], chunk: int) -> Lattice | None:
-    """The chunks as a lattice, if they are full, and of sequences at equal distances."""
+    """The chunks as a lattice, if they are full, and of sequences at equal distances upwards."""
     starts = [start for start, _ in steps[0]]
     strides = {b - a for a, b in pairwise(starts)} or {0}
     full = all(size == chunk for _, size in steps[-1]) and len(steps[-1]) == len(steps[0])
-    if not full or len(strides) > 1:
+    if not full or len(strides) > 1 or min(strides) < 0:
         return None
     return Lattice(starts[0], strides.pop(), len(steps), len(starts))

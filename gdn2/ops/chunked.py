@@ -106,9 +106,11 @@ class _Layout:
         return self.V * self.HV // self.P
 
     def schedule(self, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
+        B, T = q.shape[:2]
+        bounds = [b * T for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
         chunks = _SEGMENT_ELEMENTS // (self.P * CHUNK * max(self.K, self.W))
         return build_schedule(
-            q.shape[0], q.shape[1], cu_seqlens, chunk=CHUNK, chunks_per_segment=max(1, chunks)
+            bounds, chunk=CHUNK, chunks_per_segment=max(1, chunks), device=q.device
         )
 
     def flat(self, x: Operands) -> Operands:
