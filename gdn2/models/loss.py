@@ -40,8 +40,9 @@ def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     logits = hidden @ weight.mT
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = logits.logsumexp(1, keepdim=True)
-    picked = logits.gather(1, labels.clamp(min=0)[:, None])
-    losses = (total - picked)[:, 0].masked_fill(labels == IGNORED, 0.0)
+    ignored = labels == IGNORED  # any other negative label fails in gather
+    picked = logits.gather(1, labels.masked_fill(ignored, 0)[:, None])
+    losses = (total - picked)[:, 0].masked_fill(ignored, 0.0)
     return losses, logits, total
 
 
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         total = total.to(hidden.device)
         if wanted:
-            dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+            dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
         for start in range(0, len(hidden), CHUNK):
             now = slice(start, start + CHUNK)
             losses, logits, normaliser = _chunk_losses(hidden[now], weight, labels[now])
@@ -59,12 +60,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wanted:
                 valid = labels[now, None] != IGNORED
                 dlogits = logits.sub_(normaliser).exp_()  # softmax, then minus one at the label
-                dlogits.scatter_add_(1, labels[now, None].clamp(min=0), -valid.to(logits.dtype))
+                label = labels[now, None].where(valid, 0)
+                dlogits.scatter_add_(1, label, -valid.to(logits.dtype))
                 dlogits = dlogits.mul_(valid).to(hidden.dtype)
                 dhidden[now] = dlogits @ weight
                 dweight += dlogits.mT @ hidden[now]
         if wanted:
-            ctx.save_for_backward(dhidden, dweight)
+            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total
 
     @staticmethod

@@ -212,6 +212,13 @@ def test_loss_is_the_cross_entropy_in_value_and_gradient(model, tokens, monkeypa
         torch.testing.assert_close(got, truth, rtol=1e-7, atol=1e-9)
 
 
+def test_a_label_outside_the_vocabulary_is_an_error(hybrid, tokens):
+    labels = tokens.clone()
+    labels[0, 3] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        hybrid.loss(tokens, labels)
+
+
 def test_loss_of_a_narrow_model_is_float32(hybrid, tokens):
     total, count = hybrid.bfloat16().loss(tokens, tokens)
     assert total.dtype == torch.float32
