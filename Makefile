@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install check test test-slow peers demo bench clean
+.PHONY: help install check test test-gpu test-slow peers demo bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "gdn2 needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && \
-	  $(PIP) install -q 'triton==3.6.0' 'numpy<2.4' || true
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	  $(PIP) install -q -c constraints.txt triton==3.6.0; fi
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -32,6 +32,9 @@ check: $(INSTALLED)  ## lint, format and types
 
 test: $(INSTALLED)  ## the tests that run everywhere, in minutes
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
@@ -44,6 +47,9 @@ $(PEERS): $(INSTALLED)
 
 demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs/demo/report.html
 	$(BIN)/python -m recipes.demo
+
+bench: $(INSTALLED)  ## time the operator on this machine; adds to benchmarks/results.csv
+	$(BIN)/python -m benchmarks.gated_delta_rule
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
