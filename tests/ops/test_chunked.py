@@ -203,15 +203,16 @@ def test_packed_equals_separate():
         assert error(state[n : n + 1], alone_state) < 2e-6
 
 
+@pytest.mark.parametrize("neighbours", ["other", "nan"])
 @pytest.mark.parametrize("layout", ["batch", "packed"])
-def test_neighbours_values_do_not_matter_to_the_bit(layout):
+def test_neighbours_values_do_not_matter_to_the_bit(layout, neighbours):
     case = Case(**LAYOUTS[layout])
     inputs = make_inputs(case, dtype=torch.float32)
     other = make_inputs(case, dtype=torch.float32, seed=1)
     start, stop, n = (0, case.T, 0) if layout == "batch" else (C + 5, 2 * C, 3)
     edited = {}
     for name, x in inputs.items():
-        edited[name] = other[name].clone()
+        edited[name] = other[name].clone() if neighbours == "other" else x * float("nan")
         if name == "state":
             edited[name][n] = x[n]
         else:
