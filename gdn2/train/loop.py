@@ -31,7 +31,7 @@ from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
 from gdn2.train.parallel import autocast, prepare_device, to_device
-from gdn2.train.record import describe_run, refuse_another_run
+from gdn2.train.record import describe_run, read_record, refuse_another_run
 
 IGNORED = -100
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
@@ -61,9 +61,9 @@ def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
 def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch.device) -> None:
     final, checkpoints = out / "final", Checkpoints(out / "checkpoints", keep=run.checkpoint.keep)
     record = describe_run(run, manifest, data)
-    step = checkpoints.newest() or 0
-    if step or final.exists():
-        refuse_another_run(out / "config.json", record)
+    began, step = read_record(out), checkpoints.newest() or 0
+    if began and (step or final.exists()):
+        refuse_another_run(out, began, record)
     if final.exists():
         print(f"{out} is finished after {run.total_steps} steps; its model is in {final}")
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,32 @@ def describe_run(run: Run, manifest: Manifest, data: Path) -> dict[str, Any]:
     }
 
 
-def refuse_another_run(path: Path, record: dict[str, Any]) -> None:
-    """Raise ValueError, saying what differs, unless ``record`` goes on with the run at ``path``."""
-    old, new = (_identity(tree) for tree in (json.loads(path.read_text()), record))
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What the run in ``out`` began as; None if ``out`` is empty, ValueError if it is not a run."""
+    path = out / "config.json"
+    if path.exists():
+        with suppress(ValueError):
+            record = json.loads(path.read_text())
+            if isinstance(record, dict) and {"run", "data"} <= record.keys():
+                return record
+    elif all(file.name.endswith(".tmp") for file in out.iterdir()):  # left by a kill
+        return None
+    raise ValueError(f"{out} is not empty and was not begun by train: choose another --out")
+
+
+def refuse_another_run(out: Path, began: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise ValueError, saying what differs, unless ``record`` goes on with the run in ``out``."""
+    old, new = _identity(began), _identity(record)
     changed = differences(old["run"], new["run"])
     if changed:
         raise ValueError(
-            f"{path.parent} holds another run, and a run goes on as it began. Choose another "
+            f"{out} holds another run, and a run goes on as it began. Choose another "
             f"--out, or undo: {'; '.join(changed)}"
         )
     if old["data"] != new["data"]:
         what = [name for name in old["data"] if old["data"][name] != new["data"][name]]
         raise ValueError(
-            f"{path.parent} was trained on other data (different {' and '.join(what)}) than "
+            f"{out} was trained on other data (different {' and '.join(what)}) than "
             f"{record['data']['path']}. Choose another --out, or give it the data it began with"
         )
 

@@ -205,6 +205,23 @@ def test_a_run_may_go_on_with_other_logging_checkpoints_and_micro_batches(
     assert rows(begun)[-1]["loss"] == pytest.approx(rows(finished)[-1]["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "notes.txt"])
+@pytest.mark.parametrize("text", ['{"model_type": "gdn2"}', "[1]", "no JSON"])
+def test_what_train_did_not_write_is_left_alone(name, text, tiny_run, data, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="not empty and was not begun by train"):
+        train(tiny_run, data=data, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_model_is_not_trained_into_its_own_folder(finished, tiny_run, data):
+    before = (finished / "final" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="not begun by train"):
+        train(tiny_run, data=data, out=finished / "final")
+    assert (finished / "final" / "config.json").read_bytes() == before
+
+
 def test_a_vocabulary_that_is_too_small_names_the_override(tiny_run, data, tmp_path):
     run = override(tiny_run, "model.vocab_size", "100")
     with pytest.raises(ValueError, match=r"100, .*300.*: add model\.vocab_size=300"):
