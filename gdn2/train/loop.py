@@ -31,7 +31,7 @@ from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
 from gdn2.train.parallel import autocast, prepare_device, to_device
-from gdn2.train.record import describe_run, read_record, refuse_another_run
+from gdn2.train.record import describe_run, differences, read_record, refuse_another_run
 
 IGNORED = -100
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
@@ -68,7 +68,8 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
         print(f"{out} is finished after {run.total_steps} steps; its model is in {final}")
         return
     checkpoints.tidy()
-    write_json(out / "config.json", record)
+    if not step:
+        write_json(out / "config.json", record)
 
     samples = Samples(
         TokenDataset(data, "train"),
@@ -102,6 +103,8 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     with stop_signals() as stop, progress as metrics:
         if step:
             metrics.say(f"going on after step {step}, from {checkpoints.path(step)}")
+        if step and began and (changed := differences(began, record)):
+            metrics.say(f"changed since the run began: {'; '.join(changed)}")
         while step < run.total_steps:
             step += 1
             row = train_step(run, model, optimizer, samples, step, device)

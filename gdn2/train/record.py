@@ -20,7 +20,11 @@ FREE_SECTIONS = ("parallel", "checkpoint", "log")
 
 
 def describe_run(run: Run, manifest: Manifest, data: Path) -> dict[str, Any]:
-    """The content of RUN/config.json and of every checkpoint's run.json."""
+    """The content of RUN/config.json, as the run began, and of a checkpoint's run.json, as it is.
+
+    The two differ after a resumption by other code: only the same torch and the same commit give
+    the same bits.
+    """
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return {
         "run": run_to_dict(run),

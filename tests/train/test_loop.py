@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import json
 import math
 import shutil
@@ -195,12 +196,15 @@ def test_a_run_does_not_go_on_with_other_data(begun, tiny_run, other_data):
 
 
 def test_a_run_may_go_on_with_other_logging_checkpoints_and_micro_batches(
-    begun, finished, tiny_run, data
+    begun, finished, tiny_run, data, capsys
 ):
+    began = (begun / "config.json").read_text()
     changes = ["checkpoint.keep=1", "log.every_steps=1", "parallel.micro_batch_size=1"]
     train(override_all(tiny_run, changes), data=data, out=begun)
     assert [path.name for path in (begun / "checkpoints").iterdir()] == ["step_00000008"]
-    record = json.loads((begun / "config.json").read_text())
+    assert "began: run.parallel.micro_batch_size 2 -> 1; run.che" in capsys.readouterr().out
+    assert (begun / "config.json").read_text() == began
+    record = json.loads((begun / "final" / "run.json").read_text())
     assert record["run"]["parallel"]["micro_batch_size"] == 1
     assert rows(begun)[-1]["loss"] == pytest.approx(rows(finished)[-1]["loss"], rel=1e-4)
 
@@ -220,6 +224,22 @@ def test_a_model_is_not_trained_into_its_own_folder(finished, tiny_run, data):
     with pytest.raises(ValueError, match="not begun by train"):
         train(tiny_run, data=data, out=finished / "final")
     assert (finished / "final" / "config.json").read_bytes() == before
+
+
+def test_a_run_that_goes_on_with_another_torch_says_so_and_keeps_what_it_began_with(
+    begun, tiny_run, data, monkeypatch, capsys
+):
+    began = json.loads((begun / "config.json").read_text())
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: "9.9" if name == "torch" else version(name)
+    )
+    train(tiny_run, data=data, out=begun)
+    torch_version = began["versions"]["torch"]
+    assert f"began: versions.torch {torch_version} -> 9.9" in capsys.readouterr().out
+    assert json.loads((begun / "config.json").read_text()) == began
+    record = json.loads((begun / "final" / "run.json").read_text())
+    assert record["versions"]["torch"] == "9.9"
 
 
 def test_a_vocabulary_that_is_too_small_names_the_override(tiny_run, data, tmp_path):
