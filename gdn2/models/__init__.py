@@ -1,21 +1,28 @@
 """Hugging Face models over the layers; needs transformers (``pip install 'gdn2[models]'``)."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 if find_spec("transformers") is None:
     raise ImportError("gdn2.models needs transformers: pip install 'gdn2[models]'")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+if TYPE_CHECKING:
+    from gdn2.models.cache import Gdn2Cache
+    from gdn2.models.configuration import Gdn2Config
+    from gdn2.models.loading import load_checkpoint
+    from gdn2.models.mixers import MIXERS
+    from gdn2.models.modeling import Gdn2ForCausalLM, Gdn2Model
 
-from gdn2.models.cache import Gdn2Cache
-from gdn2.models.configuration import Gdn2Config
-from gdn2.models.loading import load_checkpoint
-from gdn2.models.mixers import MIXERS
-from gdn2.models.modeling import Gdn2ForCausalLM, Gdn2Model
-
-AutoConfig.register("gdn2", Gdn2Config, exist_ok=True)
-AutoModel.register(Gdn2Config, Gdn2Model, exist_ok=True)
-AutoModelForCausalLM.register(Gdn2Config, Gdn2ForCausalLM, exist_ok=True)
+# Imported when asked for: AutoConfig needs our configuration before a model can be imported.
+_HOMES = {
+    "MIXERS": "mixers",
+    "Gdn2Cache": "cache",
+    "Gdn2Config": "configuration",
+    "Gdn2ForCausalLM": "modeling",
+    "Gdn2Model": "modeling",
+    "load_checkpoint": "loading",
+}
 
 __all__ = [
     "MIXERS",
@@ -25,3 +32,9 @@ __all__ = [
     "Gdn2Model",
     "load_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

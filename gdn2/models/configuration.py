@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from gdn2.models.mixers import MIXERS
 from gdn2.modules.norm import OUTPUT_GATES
@@ -208,3 +208,6 @@ def _check_names(kwargs: dict[str, Any]) -> None:
                 f"Gdn2Config has no key {name!r}"
                 + (f": did you mean {hint[0]!r}?" if hint else f"; its keys are {NAMES}")
             )
+
+
+AutoConfig.register("gdn2", Gdn2Config, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -274,3 +274,7 @@ def _token_mask(attention_mask: Tensor, B: int, T: int) -> Tensor | None:
             "attention_mask must be contiguous in each row: padding left or right, not inside"
         )
     return mask
+
+
+AutoModel.register(Gdn2Config, Gdn2Model, exist_ok=True)
+AutoModelForCausalLM.register(Gdn2Config, Gdn2ForCausalLM, exist_ok=True)
