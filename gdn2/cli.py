@@ -91,7 +91,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "greedy", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in options})
-    model, _, chosen = load_checkpoint(args.checkpoint)
+    model, chosen = load_checkpoint(args.checkpoint)
     encoder = load_encoder(chosen)
     print(f"gdn2: {chosen}", file=sys.stderr)
     model.to(args.device)

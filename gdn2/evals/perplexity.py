@@ -100,7 +100,7 @@ def evaluate_checkpoint(
     Without `data` it is the folder that the run was trained on. A folder that another tokenizer
     encoded is refused: its ids mean other text.
     """
-    model, _, chosen = load_checkpoint(checkpoint)
+    model, chosen = load_checkpoint(checkpoint)
     record = _training_record(chosen)
     sequence_length = model.config.max_position_embeddings
     if record:

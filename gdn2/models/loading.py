@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from transformers import AutoTokenizer
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gdn2.models.configuration import Gdn2Config
 from gdn2.models.modeling import Gdn2ForCausalLM
@@ -16,28 +17,48 @@ from gdn2.models.modeling import Gdn2ForCausalLM
 STEP = re.compile(r"step_\d+")
 
 
-def load_checkpoint(path: str | Path) -> tuple[Gdn2ForCausalLM, Any, Path]:
-    """Load a model, and its tokenizer if there is one, on the CPU, ready for evaluation.
+def load_checkpoint(path: str | Path) -> tuple[Gdn2ForCausalLM, Path]:
+    """Load a model on the CPU, ready for evaluation.
 
     Args:
         path: a run (its newest complete step, or ``final/`` where there is no step), a step
             folder, or a Hugging Face folder.
 
     Returns:
-        ``(model, tokenizer or None, folder that was chosen)``.
+        ``(model, folder that was chosen)``. The folder may hold a tokenizer too.
 
     Raises:
         FileNotFoundError: there is no such folder. ValueError: it holds no checkpoint of ours.
+        RuntimeError: it holds one that is damaged.
     """
     folder = find_checkpoint(Path(path))
     config = Gdn2Config.from_pretrained(folder)
     if (folder / ".metadata").is_file():
-        model = _load_step(folder, config)
+        with torch.device("meta"):
+            model = Gdn2ForCausalLM(config)
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        read_step(folder, {"model": model.state_dict()})
     else:
-        model = Gdn2ForCausalLM.from_pretrained(folder, config=config)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    return model.eval(), tokenizer, folder
+        try:
+            model = Gdn2ForCausalLM.from_pretrained(folder, config=config)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RuntimeError(f"cannot read {folder}: {error}") from error
+    return model.eval(), folder
+
+
+def read_step(folder: Path, state: dict[str, Any]) -> None:
+    """Read what a training step saved under the keys of `state` into the tensors of `state`.
+
+    Raises RuntimeError, naming `folder`, if it is damaged or does not hold them.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:  # a report of ranks, and a BaseException
+        ((reason, _),) = error.failures.values()
+        raise RuntimeError(f"cannot read {folder}: {reason!r}") from error
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -50,7 +71,10 @@ def find_checkpoint(path: Path) -> Path:
     elif (path / "final").is_dir():
         path = path / "final"
     config = path / "config.json"
-    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    try:
+        model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from error
     if model_type is None:
         raise ValueError(
             f"no checkpoint in {path}: expected a run with checkpoints/step_* or final/, "
@@ -59,14 +83,3 @@ def find_checkpoint(path: Path) -> Path:
     if model_type != Gdn2Config.model_type:
         raise ValueError(f"{config} must have model_type 'gdn2', got {model_type!r}")
     return path
-
-
-def _load_step(folder: Path, config: Gdn2Config) -> Gdn2ForCausalLM:
-    with torch.device("meta"):
-        model = Gdn2ForCausalLM(config)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
-        dcp.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
-    return model

@@ -112,7 +112,7 @@ def _twin(name: str, run: Run, folder: Path, training: TokenDataset, encoder: En
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((folder / "eval.json").read_text())
     sizes = account(run.model, length=run.data.sequence_length, dtype=torch.float32)
-    model, _, _ = load_checkpoint(folder)
+    model, _ = load_checkpoint(folder)
     samples = []
     for seed, prompt in enumerate(PROMPTS):
         text: list[str] = []

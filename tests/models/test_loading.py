@@ -5,23 +5,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM
 
 from gdn2.models import Gdn2ForCausalLM, load_checkpoint
-
-
-def save_tokenizer(folder):
-    words = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def save_step(model, folder):
     folder.mkdir(parents=True)
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     model.config.save_pretrained(folder)
-    save_tokenizer(folder)
 
 
 def assert_same_weights(model, other):
@@ -113,20 +105,18 @@ def test_a_run_is_its_newest_step(make_model, tmp_path):
     (tmp_path / "checkpoints" / "step_00000011.tmp").mkdir()
     (tmp_path / "config.json").write_text('{"model": "a resolved run"}')
     (tmp_path / "final").mkdir()
-    model, tokenizer, chosen = load_checkpoint(tmp_path)
+    model, chosen = load_checkpoint(tmp_path)
     assert chosen == tmp_path / "checkpoints" / "step_00000010"
     assert not model.training
     assert_same_weights(model, models[10])
-    assert tokenizer.convert_tokens_to_ids("a") == 1
-    model, _, chosen = load_checkpoint(tmp_path / "checkpoints" / "step_00000002")
+    model, chosen = load_checkpoint(tmp_path / "checkpoints" / "step_00000002")
     assert_same_weights(model, models[2])
 
 
 def test_a_run_without_steps_is_its_final_folder(hybrid, tmp_path):
     hybrid.float().save_pretrained(tmp_path / "final")
-    model, tokenizer, chosen = load_checkpoint(str(tmp_path))
+    model, chosen = load_checkpoint(str(tmp_path))
     assert chosen == tmp_path / "final"
-    assert tokenizer is None
     assert_same_weights(model, hybrid)
 
 
@@ -137,4 +127,27 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="must have model_type 'gdn2', got 'llama'"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type":')
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_a_damaged_step_is_named(hybrid, tmp_path, file):
+    folder = tmp_path / "step_00000001"
+    save_step(hybrid.float(), folder)
+    (folder / file).write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"cannot read .*step_00000001: .*Error"):
+        load_checkpoint(folder)
+
+
+def test_a_damaged_folder_of_hugging_face_is_named(hybrid, tmp_path):
+    hybrid.float().save_pretrained(tmp_path / "final")
+    weights = tmp_path / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=r"cannot read .*final: "):
+        load_checkpoint(tmp_path)
+    weights.unlink()
+    with pytest.raises(RuntimeError, match=r"cannot read .*final: "):
         load_checkpoint(tmp_path)

@@ -71,9 +71,8 @@ def test_a_run_folder_holds_the_newest_steps_and_the_final_model(finished):
 
 def test_the_last_step_and_the_final_model_are_the_same(finished):
     final = AutoModelForCausalLM.from_pretrained(finished / "final").state_dict()
-    step, tokenizer, chosen = load_checkpoint(finished)
+    step, chosen = load_checkpoint(finished)
     assert chosen.name == "step_00000008"
-    assert tokenizer is not None
     assert step.config.eos_token_id == step.config.pad_token_id == 0
     assert step.state_dict().keys() == final.keys()
     assert all(torch.equal(value, final[name]) for name, value in step.state_dict().items())
@@ -145,6 +144,31 @@ def test_what_is_not_finite_stops_before_the_update(
     train(tiny_run, data=data, out=tmp_path)  # nothing broken was kept
     assert weights(tmp_path) == weights(finished)
     assert without_speed(tmp_path) == without_speed(finished)
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), ValueError("no font")])
+def test_a_plot_that_fails_costs_no_checkpoint(
+    error, finished, tiny_run, data, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("gdn2.train.metrics.plot_loss", fail)
+    train(tiny_run, data=data, out=tmp_path)
+    assert f"warning: {tmp_path / 'loss.png'} is not drawn: {error}" in capsys.readouterr().out
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_a_step_is_saved_before_it_is_shown(tiny_run, data, tmp_path, monkeypatch):
+    def show(self, row):
+        if row["step"] == 3:
+            raise OSError("no room for this line")
+
+    monkeypatch.setattr(Metrics, "show", show)
+    with pytest.raises(OSError, match="no room for this line"):
+        train(tiny_run, data=data, out=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    assert len(rows(tmp_path)) == 3
 
 
 @pytest.fixture(scope="module")
