@@ -1,5 +1,6 @@
 """Progress on stderr: a bar with ETA on a terminal, otherwise a line now and then."""
 
+import os
 import time
 from types import TracebackType
 
@@ -16,9 +17,18 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 20.0
 
 
+class Terminal(Console):
+    """A console that may lose its reader: a Ctrl-C ends `| tee` before what it reads from."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def say(text: str) -> None:
     """One line on stderr, never wrapped or coloured."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    Terminal(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class ProgressBar:
@@ -26,7 +36,7 @@ class ProgressBar:
 
     def __init__(self, total: int, start: int = 0):
         self._total = max(1, total)
-        self._console = Console(stderr=True)
+        self._console = Terminal(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -102,6 +102,7 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     progress = Metrics(out, total=run.total_steps, done=step, print_every=run.log.every_steps)
     with stop_signals() as stop, progress as metrics:
         if step:
+            metrics.plot()  # a kill may have come between the checkpoint and its plot
             metrics.say(f"going on after step {step}, from {checkpoints.path(step)}")
         if step and began and (changed := differences(began, record)):
             metrics.say(f"changed since the run began: {'; '.join(changed)}")
@@ -111,11 +112,14 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
             if validation and (step % validate_every == 0 or step == run.total_steps):
                 row["val_loss"] = validation_loss(model, validation, device)
             metrics.log(row)
-            if step % save_every == 0 or step == run.total_steps or stop.is_set():
-                metrics.checkpoint()
+            stopping = stop.is_set()
+            if step % save_every == 0 or step == run.total_steps or stopping:
+                metrics.sync()
                 tokens = step * run.schedule.tokens_per_step
                 checkpoints.save(step, model, optimizer, tokens=tokens, write_more=write_about)
-            if stop.is_set() and step < run.total_steps:
+                metrics.plot()
+            metrics.show(row)
+            if stopping and step < run.total_steps:
                 metrics.say(f"stopped and saved after step {step}; the same command goes on")
                 raise KeyboardInterrupt
         write_folder(final, write_final)

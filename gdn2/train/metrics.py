@@ -14,8 +14,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gdn2.data.progress import Terminal
 
 
 class Metrics:
@@ -27,7 +28,7 @@ class Metrics:
         self.started = time.monotonic()
         truncate(self.path, done)
         self.file = self.path.open("a")
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -56,6 +57,9 @@ class Metrics:
         and what else there is to tell: gates, val_loss."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Move the bar; print the line of a step that is due."""
         step = row["step"]
         text = (
             f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
@@ -71,10 +75,16 @@ class Metrics:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def checkpoint(self) -> None:
-        """Before a checkpoint is written: its steps' lines are on the disk, and in the plot."""
+    def sync(self) -> None:
+        """Before a checkpoint is written: the lines of its steps are on the disk."""
         os.fsync(self.file.fileno())
-        plot_loss(self.path, self.plot_path)
+
+    def plot(self) -> None:
+        """Draw what there is; a picture that can not be drawn does not stop a run."""
+        try:
+            plot_loss(self.path, self.plot_path)
+        except Exception as error:  # noqa: BLE001 - a drawing library may raise any
+            self.say(f"warning: {self.plot_path} is not drawn: {error}")
 
     def _remaining(self, step: int) -> timedelta:
         pace = (time.monotonic() - self.started) / (step - self.done)

@@ -151,6 +151,41 @@ def test_two_processes_do_not_share_a_run(trainer, run, data, tmp_path):
     trainer.wait()
 
 
+def command(data: Path, out: Path) -> subprocess.Popen:
+    """`gdn2 train`, 20 steps, as a user starts it who reads its output."""
+    words = ["train", "debug", "--data", str(data), "--out", str(out), "log.every_steps=1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "gdn2.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_outlives_its_reader_and_goes_on_after_a_ctrl_c(data, tmp_path):
+    unread = command(data, tmp_path / "unread")
+    unread.stdout.close()
+
+    out = tmp_path / "interrupted"
+    interrupted = command(data, out)
+    for line in interrupted.stdout:
+        if line.startswith("step 2/20"):
+            interrupted.send_signal(signal.SIGINT)
+            break
+    last_line = interrupted.stdout.read().splitlines()[-1]
+    assert interrupted.wait() == 130
+    assert interrupted.stderr.read() == ""
+    assert last_line == f"stopped and saved after step {last_step(out)}; the same command goes on"
+
+    resumed = command(data, out)
+    text, _ = resumed.communicate()
+    assert resumed.returncode == 0
+    assert text.startswith("going on after step")
+    assert (unread.wait(), unread.stderr.read()) == (0, "")
+    assert content(out)[:2] == content(tmp_path / "unread")[:2]
+
+
 @pytest.mark.slow
 def test_killed_at_very_many_random_moments(trainer, run, data, undisturbed, tmp_path):
     for seed in range(5):

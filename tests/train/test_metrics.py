@@ -48,13 +48,14 @@ def test_every_step_has_one_line_after_an_interruption(tmp_path):
         with Metrics(tmp_path, total=12, done=done, print_every=5) as metrics:
             for step in range(done + 1, last + 1):
                 metrics.log(row(step))
+                metrics.show(row(step))
     assert steps_of(tmp_path / "metrics.jsonl") == list(range(1, 13))
 
 
 def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
     with Metrics(tmp_path, total=12, done=0, print_every=5) as metrics:
         for step in range(1, 13):
-            metrics.log(row(step, **({"val_loss": 1.25} if step == 7 else {})))
+            metrics.show(row(step, **({"val_loss": 1.25} if step == 7 else {})))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         f"step {step}/12" for step in (1, 5, 7, 7, 10, 12)
