@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -44,8 +45,10 @@ class OptimConfig:
         _positive("optim", self, "lr", "eps", "max_grad_norm")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"optim.weight_decay must be finite and at least 0, got {self.weight_decay}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +219,6 @@ def _kind_of(kinds: Mapping[str, Any], name: str, owner: str) -> Any:
 
 def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{section}.{name} must be above 0, got {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            value = getattr(config, name)
+            raise ValueError(f"{section}.{name} must be finite and above 0, got {value}")

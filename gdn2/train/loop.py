@@ -41,7 +41,7 @@ def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
     """Train ``run`` on the prepared folder ``data`` into ``out``; called again, it goes on.
 
     Raises ValueError for a run that does not fit the data or what ``out`` holds, RuntimeError
-    for a loss or gradient that is not finite and for a disk that takes no checkpoint, and
+    for a loss, gradient or weight that is not finite and for a disk that takes no checkpoint, and
     KeyboardInterrupt after SIGINT or SIGTERM, once the current step is done and saved.
     """
     data, out = Path(data), Path(out)
@@ -114,6 +114,7 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
             metrics.log(row)
             stopping = stop.is_set()
             if step % save_every == 0 or step == run.total_steps or stopping:
+                check_weights(model, step)
                 metrics.sync()
                 tokens = step * run.schedule.tokens_per_step
                 checkpoints.save(step, model, optimizer, tokens=tokens, write_more=write_about)
@@ -164,6 +165,16 @@ def train_step(
         "tokens_per_second": run.schedule.tokens_per_step / (time.perf_counter() - started),
         "gates": model.statistics(),
     }
+
+
+def check_weights(model: Gdn2ForCausalLM, step: int) -> None:
+    """Raise RuntimeError if a weight is not finite: such a step must not become the newest one."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise RuntimeError(
+            f"step {step}: its update left weights that are not finite ({', '.join(broken[:3])}). "
+            f"Not saved, so the checkpoints are good; a lower optim.lr may help"
+        )
 
 
 def step_batches(run: Run, samples: Samples, step: int) -> list[Batch]:

@@ -146,6 +146,26 @@ def test_what_is_not_finite_stops_before_the_update(
     assert without_speed(tmp_path) == without_speed(finished)
 
 
+def test_weights_that_an_update_broke_are_not_saved(
+    finished, tiny_run, data, tmp_path, monkeypatch
+):
+    update, calls = torch.optim.AdamW.step, []
+
+    def break_step_6(self, *arguments):
+        update(self, *arguments)
+        calls.append(self)
+        if len(calls) == 6:  # the second that is saved; its loss and gradient are finite
+            self.param_groups[1]["params"][0].data.view(-1)[0] = math.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", break_step_6)
+        with pytest.raises(RuntimeError, match=r"step 6: .*weights that are not finite \(model\."):
+            train(tiny_run, data=data, out=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    train(tiny_run, data=data, out=tmp_path)
+    assert weights(tmp_path) == weights(finished)
+
+
 @pytest.mark.parametrize("error", [OSError("no room"), ValueError("no font")])
 def test_a_plot_that_fails_costs_no_checkpoint(
     error, finished, tiny_run, data, tmp_path, monkeypatch, capsys
