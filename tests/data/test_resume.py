@@ -115,6 +115,29 @@ def test_interrupted_says_how_to_go_on_and_leaves_no_process(corpus, whole, tmp_
     assert files_of(out) == whole
 
 
+def test_the_command_says_how_to_go_on_after_a_ctrl_c_and_does(make_texts, tmp_path):
+    text = "\n".join(make_texts(1000))
+    lines = [json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-m", "gdn2.cli", "prepare", str(tmp_path / "a.jsonl")]
+
+    def prepare(out):
+        options = ["--out", str(tmp_path / out), "--vocab-size", "400", "--workers", "1"]
+        return subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+
+    process, begun = prepare("out"), tmp_path / "out/train/00000.ds.tmp"
+    wait_for(begun.exists, process)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate()[1]
+    assert process.returncode == 130
+    assert message.splitlines()[-1] == f"stopped: the same command continues {tmp_path / 'out'}"
+    again, whole = prepare("out"), prepare("whole")
+    for process in (again, whole):
+        message = process.communicate()[1]
+        assert process.returncode == 0, message
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_workers_end_with_a_killed_parent(corpus, tmp_path):
     out = tmp_path / "out"
