@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gdn2.modules.gates import split_heads
 from gdn2.modules.linear import OutputLinear
 from gdn2.modules.rotary import rotary_angles, rotate
+from gdn2.ops.contract import check_boundaries
 
 
 class AttentionState(NamedTuple):
@@ -112,11 +113,10 @@ class Attention(nn.Module):
         cu_seqlens ``[N + 1]`` packs N sequences into one row; without it N = B.
         """
         B, T, _ = x.shape
+        check_boundaries(cu_seqlens, x)
         if cu_seqlens is None:
             lengths = torch.full((B,), T, device=x.device)
             longest = T if B else 0
-        elif B != 1:
-            raise ValueError(f"cu_seqlens packs sequences along T and needs B == 1, got {B}")
         else:
             lengths = cu_seqlens.diff().long()
             longest = max(lengths.tolist(), default=0)
@@ -140,12 +140,13 @@ class Attention(nn.Module):
         return y, self._remember(k, v, state, starts, seen + lengths)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """One token, ``x [B, D] -> (y [B, D], state)``; rings are updated in place."""
+        """One token, ``x [B, D] -> (y [B, D], state)``; rings of a window are updated in place."""
         state = state.rings()
         keys, values, length, window = state
         q, k, v = self._project(x, length)  # [B, H, D]
         if window is None:
             keys, values = (F.pad(y, (0, 0, 0, 0, 0, 1)) for y in (keys, values))
+            length = length.clone()
         slots = keys.shape[1]
         here = torch.arange(len(length), device=x.device), length % slots
         keys[here], values[here] = k.to(keys.dtype), v.to(values.dtype)

@@ -140,7 +140,8 @@ class DeltaMixer(nn.Module):
         convolve = partial(causal_conv, cu_seqlens=cu_seqlens)
         q, k, v, *convs = self._queries_keys_values(x, state, convolve)
         gates = self.gates(x)
-        self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
+        if self.training:
+            self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
         out, memory = gated_delta_rule(
             q,
             k,

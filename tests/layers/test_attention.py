@@ -130,6 +130,17 @@ def test_forward_leaves_the_given_state_as_it_is():
     assert all(torch.equal(t, old) for t, old in zip(state[:3], before, strict=True))
 
 
+@torch.no_grad()
+def test_a_step_of_full_attention_leaves_the_given_state_as_it_is():
+    layer, x = build(None), inputs(2, 8)
+    state = layer(x[:, :6])[1].rings()
+    before = [t.clone() for t in state[:3]]
+    first, _ = layer.step(x[:, 6], state)
+    again, _ = layer.step(x[:, 6], state)
+    assert torch.equal(first, again)
+    assert all(torch.equal(t, old) for t, old in zip(state[:3], before, strict=True))
+
+
 def test_future_tokens_cannot_change_past_outputs():
     layer, x = build(50).float(), inputs(1, 300).float()
     changed = x.clone()
@@ -185,5 +196,7 @@ def test_wrong_arguments_are_refused():
         Attention(D, H, head_dim=3)
     with pytest.raises(ValueError, match="window must be None or at least 1, got 0"):
         Attention(D, H, window=0)
-    with pytest.raises(ValueError, match="needs B == 1, got 2"):
+    with pytest.raises(ValueError, match="needs B == 1, got B=2"):
         build(4)(inputs(2, 3), cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T=10"):
+        build(4)(inputs(1, 10), cu_seqlens=torch.tensor([0, 5]))

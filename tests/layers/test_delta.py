@@ -205,3 +205,6 @@ def test_gate_means_are_recorded():
     }
     torch.testing.assert_close(mixer.gate_means, expected)
     assert not any(mean.requires_grad for mean in mixer.gate_means.values())
+    recorded = dict(mixer.gate_means)
+    mixer.eval()(2 * x)
+    assert mixer.gate_means == recorded
