@@ -101,13 +101,21 @@ class Gdn2Model(Gdn2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: None = None,
     ) -> BaseModelOutputWithPast:
         """Run the blocks over ``input_ids [B, T]``, or over embeddings ``[B, T, D]``.
 
         attention_mask: ``[B, >= T]``, its last T columns belong to these tokens; ones must be
         contiguous in a row. Hidden states at padding are zeros. cu_seqlens ``[N + 1]`` says
-        that the one row holds N sequences end to end; the cache is then theirs.
+        that the one row holds N sequences end to end; the cache is then theirs. Positions are
+        counted from these two, and position_ids is refused. output_hidden_states: also return
+        the embeddings and what each block makes of them, the last of them after the last norm.
         """
+        if position_ids is not None:
+            raise ValueError(
+                "position_ids must be None: positions are counted from attention_mask or cu_seqlens"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -120,23 +128,48 @@ class Gdn2Model(Gdn2PreTrainedModel):
         mask = None if attention_mask is None else _token_mask(attention_mask, B, T)
         if mask is not None and cu_seqlens is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
         if mask is None:
-            x = self._run(x, cache, cu_seqlens)
+            x = self._run(x, cache, cu_seqlens, hidden)
         else:
-            x = self._run_padded(x, cache, mask)
+            x = self._run_padded(x, cache, mask, hidden)
         if cache is not None:
             cache.num_columns += T
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=None if hidden is None else (*hidden, x),
+        )
 
-    def _run_padded(self, x: Tensor, cache: Gdn2Cache | None, mask: Tensor) -> Tensor:
+    def _run_padded(
+        self, x: Tensor, cache: Gdn2Cache | None, mask: Tensor, hidden: list[Tensor] | None
+    ) -> Tensor:
         """Run the tokens of a padded batch as one packed row; zeros elsewhere."""
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
         rows = mask.flatten().nonzero()[:, 0]
-        y = self._run(x.flatten(0, 1).index_select(0, rows).unsqueeze(0), cache, cu_seqlens)
-        return y.new_zeros(x.flatten(0, 1).shape).index_copy(0, rows, y[0]).view_as(x)
 
-    def _run(self, x: Tensor, cache: Gdn2Cache | None, cu_seqlens: Tensor | None) -> Tensor:
-        """All blocks and the last norm over ``[B, T, D]`` without padding."""
+        def pad(y: Tensor) -> Tensor:
+            return y.new_zeros(x.flatten(0, 1).shape).index_copy(0, rows, y[0]).view_as(x)
+
+        packed = x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+        y = self._run(packed, cache, cu_seqlens, hidden)
+        if hidden is not None:
+            hidden[:] = map(pad, hidden)
+        return pad(y)
+
+    def _run(
+        self,
+        x: Tensor,
+        cache: Gdn2Cache | None,
+        cu_seqlens: Tensor | None,
+        hidden: list[Tensor] | None,
+    ) -> Tensor:
+        """All blocks and the last norm over ``[B, T, D]`` without padding.
+
+        What each block is given is appended to `hidden`.
+        """
         checkpointing = self.gradient_checkpointing and self.training
         if checkpointing and cache is not None:
             raise ValueError("gradient checkpointing computes twice and can not keep a cache")
@@ -144,6 +177,8 @@ class Gdn2Model(Gdn2PreTrainedModel):
         decoding = x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         block: Any
         for i, block in enumerate(self.layers):
+            if hidden is not None:
+                hidden.append(x)
             if checkpointing:
                 x = self._gradient_checkpointing_func(_hidden_only, block, x, cu_seqlens)
             elif decoding and states[i] is not None:
@@ -185,8 +220,10 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, vocab_size]``; see `Gdn2Model.forward` for padding and packing.
+        """Logits ``[B, T, vocab_size]``; see `Gdn2Model.forward` for the rest.
 
         labels: ``[B, T]``, not shifted (Hugging Face's convention), -100 is ignored; the loss is
         then their mean. `loss` is the way to train: it never holds all logits.
@@ -195,7 +232,14 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         if labels is not None and (cu_seqlens is not None or isinstance(logits_to_keep, Tensor)):
             raise ValueError("labels go with neither cu_seqlens nor a choice of logits: use loss()")
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
+            output_hidden_states,
+            position_ids,
         )
         hidden = out.last_hidden_state
         loss = None
@@ -207,7 +251,10 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
             loss = total / (shifted != IGNORED).sum()
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            loss=loss, logits=self.lm_head(hidden[:, keep]), past_key_values=out.past_key_values
+            loss=loss,
+            logits=self.lm_head(hidden[:, keep]),
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
         )
 
     def loss(
@@ -241,13 +288,16 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         return out.last_hidden_state.flatten(0, 1)
 
     def statistics(self) -> dict[str, float]:
-        """Mean gates of the last forward, over layers and a sample of its tokens."""
+        """Mean gates of the last forward in training, over layers and a sample of its tokens."""
         means: dict[str, list[Tensor]] = {}
         for module in self.modules():
             if isinstance(module, DeltaMixer):
                 for name, mean in module.gate_means.items():
                     means.setdefault(name, []).append(mean)
         return {name: torch.stack(values).mean().item() for name, values in means.items()}
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """Make none, although `forward` has an argument of that name."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -310,11 +310,38 @@ def test_under_autocast_recurrent_states_stay_float32(make_model, tokens):
     assert states[3].keys.dtype == torch.bfloat16
 
 
-def test_statistics_are_the_mean_gates_of_the_last_forward(make_model, tokens):
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_hidden_states_are_the_embeddings_and_the_output_of_every_block(hybrid, tokens, padded):
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 1 - padded
+    out = hybrid(tokens, mask, output_hidden_states=True)
+    model, real = hybrid.model, mask.bool()
+    assert len(out.hidden_states) == len(model.layers) + 1
+    assert torch.equal(out.hidden_states[0][real], model.embed_tokens(tokens)[real])
+    between, _ = model.layers[0](model.embed_tokens(tokens[1:]))
+    torch.testing.assert_close(out.hidden_states[1][1:], between)
+    last = model(tokens, mask).last_hidden_state
+    assert torch.equal(out.hidden_states[-1], last)
+    assert all(not x[~real].any() for x in out.hidden_states)
+    assert hybrid(tokens).hidden_states is None
+
+
+def test_positions_of_others_are_refused(hybrid, tokens):
+    with pytest.raises(ValueError, match="counted from attention_mask or cu_seqlens"):
+        hybrid(tokens, position_ids=torch.arange(tokens.shape[1])[None])
+
+
+def test_statistics_are_the_mean_gates_of_the_last_forward_in_training(make_model, tokens):
     model = make_model(["gdn2", "sliding_attention"])
-    assert model.statistics() == {}
     model(tokens)
+    assert model.statistics() == {}
+    model.train()(tokens)
     statistics = model.statistics()
     assert set(statistics) == {"decay", "erase", "write"}
     assert all(0 < value < 1 for value in statistics.values())
-    assert make_model(["full_attention"]).statistics() == {}
+    model.eval()(tokens)
+    assert model.statistics() == statistics
+    transformer = make_model(["full_attention"]).train()
+    transformer(tokens)
+    assert transformer.statistics() == {}
