@@ -6,18 +6,9 @@ import torch
 from torch import Tensor
 
 from gdn2.data import Batch
+from gdn2.models.device import prepare_device
 
-
-def prepare_device(name: str) -> torch.device:
-    """The device called ``name``; raises where this machine does not have it."""
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    # Products that autocast leaves in fp32 (gates, states, norms) are fp32: no TF32.
-    torch.set_float32_matmul_precision("highest")
-    return device
+__all__ = ["autocast", "prepare_device", "to_device"]
 
 
 def autocast(device: torch.device) -> torch.autocast:
