@@ -9,19 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from opcode import opmap
 from pathlib import Path
 from typing import Any, NoReturn
 
-WRONG_INPUT = (
-    ValueError,
-    ImportError,
-    NotImplementedError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-)
-FAILURE = (RuntimeError, OSError, ArithmeticError, MemoryError)
+PACKAGE = Path(__file__).parent
+WRONG_INPUT = (ValueError, ImportError, NotImplementedError)
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+FAILURE = (RuntimeError, ArithmeticError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,18 +35,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone; what is still buffered must not fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except WRONG_INPUT as error:
-        _complain(error)
-        return 2
-    except FAILURE as error:
-        _complain(error)
-        return 1
+    except (*WRONG_INPUT, *FAILURE) as error:
+        if not _is_said_by_gdn2(error):
+            raise
+        return _complain(error, 2 if isinstance(error, WRONG_INPUT) else 1)
+    except WRONG_PATH as error:
+        return _complain(error, 2)
+    except (OSError, MemoryError) as error:
+        return _complain(error, 1)
     return 0
 
 
-def _complain(error: BaseException) -> None:
+def _is_said_by_gdn2(error: BaseException) -> bool:
+    """Whether a `raise` of this package raised it: its words are then for the user.
+
+    All else of these types, from a library or from an operation of ours that should have worked,
+    is a bug and keeps its traceback. The system's own errors (OSError) need no such words.
+    """
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    raised = code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
+    return raised and Path(code.co_filename).is_relative_to(PACKAGE)
+
+
+def _complain(error: BaseException, code: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     print(f"gdn2: error: {message}", file=sys.stderr)
+    return code
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -67,16 +80,16 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     run = _resolve_run(args.preset, args.overrides)
-    _check_device(args.device)
     from gdn2.train.loop import train
 
     train(run, data=args.data, out=args.out, device=args.device)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    _check_device(args.device)
     from gdn2.evals.perplexity import evaluate_checkpoint, show
+    from gdn2.models.device import prepare_device
 
+    prepare_device(args.device)
     out = args.out or args.checkpoint
     show(evaluate_checkpoint(args.checkpoint, data=args.data, out=out, device=args.device))
     print(f"wrote {out / 'eval.json'} and {out / 'eval.png'}", file=sys.stderr)
@@ -84,13 +97,16 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     prompts = [args.prompt] if args.prompts is None else _read_prompts(args.prompts)
-    _check_device(args.device)
-    from gdn2.data import load_encoder
     from gdn2.evals.sampling import Sampling, sample_text
-    from gdn2.models.loading import load_checkpoint
 
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "greedy", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in options})
+
+    from gdn2.data import load_encoder
+    from gdn2.models.device import prepare_device
+    from gdn2.models.loading import load_checkpoint
+
+    prepare_device(args.device)
     model, chosen = load_checkpoint(args.checkpoint)
     encoder = load_encoder(chosen)
     print(f"gdn2: {chosen}", file=sys.stderr)
@@ -141,21 +157,17 @@ def _outline(tree: dict[str, Any], indent: int = 0) -> list[str]:
 
 
 def _resolve_run(preset: str, overrides: Sequence[str]) -> Any:
+    import gdn2.train  # first: it names the extra that has all that a run needs
     from gdn2.presets import load_preset
-    from gdn2.train import override_all
 
-    return override_all(load_preset(preset), overrides)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return gdn2.train.override_all(load_preset(preset), overrides)
 
 
 def _read_prompts(path: Path) -> list[str]:
-    prompts = path.read_text(encoding="utf-8").splitlines()
+    try:
+        prompts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not UTF-8: {error}") from error
     if not prompts:
         raise ValueError(f"--prompts {path} has no line")
     return prompts

@@ -1,7 +1,10 @@
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +88,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("generate RUN --prompt a --prompts TEXTS", "not allowed with"),
         ("generate RUN --prompts nowhere.txt", "nowhere.txt"),
         ("generate RUN --prompts EMPTY", "has no line"),
+        ("generate RUN --prompts LATIN", "is not UTF-8"),
         ("generate nowhere --prompt a", "nowhere"),
         ("generate RUN --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
         ("generate RUN --prompt a --temperature 0", "temperature must be above 0"),
@@ -99,6 +103,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     line: str, said: str, run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "folder").mkdir()
     places = {
         "DIR": tmp_path / "folder" if line.startswith("eval DIR") else run.parent / "data",
@@ -106,6 +111,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         "RUN": run,
         "TEXTS": texts,
         "EMPTY": tmp_path / "empty.txt",
+        "LATIN": tmp_path / "latin.txt",
     }
     capsys.readouterr()
     assert gdn2(*(places.get(word, word) for word in line.split())) == 2
@@ -139,6 +145,13 @@ def test_data_of_another_tokenizer_is_refused(
 # --- exit codes ---
 
 
+def failing(error: BaseException, file: str) -> Callable[..., None]:
+    """A function of `file` that raises `error`."""
+    names = {"error": error}
+    exec(compile("def fail(*args, **kwargs):\n    raise error", file, "exec"), names)
+    return names["fail"]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -157,22 +170,65 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr("gdn2.data.prepare", fail)
+    monkeypatch.setattr("gdn2.data.prepare", failing(error, cli.__file__))
     assert gdn2("prepare", "stdlib", "--out", "nowhere") == code
     if code != 130:
         assert complaint(capsys).startswith("gdn2: error: ")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise KeyError("bug")
-
-    monkeypatch.setattr("gdn2.data.prepare", fail)
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize(
+    ("error", "file"),
+    [
+        (KeyError("bug"), cli.__file__),
+        (ValueError("bug"), torch.__file__),
+        (RuntimeError("bug"), torch.__file__),
+        (ImportError("bug"), torch.__file__),
+    ],
+)
+def test_a_bug_keeps_its_traceback(
+    error: Exception, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gdn2.data.prepare", failing(error, file))
+    with pytest.raises(type(error), match="bug"):
         gdn2("prepare", "stdlib", "--out", "nowhere")
+
+
+def test_an_operation_of_ours_that_fails_is_a_bug_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"x": torch.ones(3)}
+    exec(compile("def fail(*args, **kwargs):\n    x @ x[1:]", cli.__file__, "exec"), names)
+    monkeypatch.setattr("gdn2.data.prepare", names["fail"])
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        gdn2("prepare", "stdlib", "--out", "nowhere")
+
+
+@pytest.mark.parametrize("place", ["step", "final"])
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_1(
+    place: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = max((run / "checkpoints").iterdir())
+    damaged = shutil.copytree(step if place == "step" else run / "final", tmp_path / "damaged")
+    (weights,) = damaged.glob("*.distcp" if place == "step" else "*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    capsys.readouterr()
+    assert gdn2("eval", damaged) == 1
+    assert complaint(capsys).startswith(f"gdn2: error: cannot read {damaged}: ")
+
+
+def test_eval_says_what_to_give_where_the_data_is_gone(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(run / "final", tmp_path / "moved")
+    record = json.loads((moved / "run.json").read_text())
+    record["data"]["path"] = str(tmp_path / "gone")
+    (moved / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert gdn2("eval", moved) == 2
+    assert f"trained on {tmp_path / 'gone'}, which is not there now; give --data DIR" in complaint(
+        capsys
+    )
+    (moved / "run.json").write_text("{")
+    assert gdn2("eval", moved, "--data", data) == 2
+    assert "run.json is not JSON" in complaint(capsys)
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "train", "eval", "generate", "info"])
@@ -225,7 +281,9 @@ def test_eval_of_every_kind_of_checkpoint_is_the_same(
     assert others == [first, first]
     validation = load_manifest(data).splits["validation"]
     assert (results[0]["tokens"], results[0]["bytes"]) == (validation.tokens, validation.bytes)
-    assert f"{results[0]['bits_per_byte']:.4f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{results[0]['bits_per_byte']:.4f}" in shown
+    assert str(results[0]["context"]) in shown.split()
 
 
 def test_eval_writes_into_the_run_by_default(run: Path) -> None:

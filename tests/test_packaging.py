@@ -80,10 +80,20 @@ def test_core_needs_torch_alone(bare_python):
     assert "site-packages" in done.stdout
 
 
-def test_missing_extra_fails_with_the_install_command(bare_python):
-    done = run(bare_python, "-m", "gdn2.cli", "info", "gdn2_1p3b")
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("prepare stdlib --out data", "data"),
+        ("train debug --data data --out run", "train"),
+        ("info gdn2_1p3b", "train"),
+        ("eval run", "eval"),
+        ("generate run --prompt a", "eval"),
+    ],
+)
+def test_missing_extra_fails_with_the_install_command(bare_python, command, extra):
+    done = run(bare_python, "-m", "gdn2.cli", *command.split())
     assert done.returncode == 2
-    assert "pip install 'gdn2[" in done.stderr
+    assert f"pip install 'gdn2[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

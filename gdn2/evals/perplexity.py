@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
@@ -31,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gdn2.data import TokenDataset, load_encoder
+from gdn2.data.shards import MANIFEST, write_json
 from gdn2.models.loading import load_checkpoint
 
 EXTRAPOLATION = 4  # longest context, in training lengths
@@ -105,9 +108,7 @@ def evaluate_checkpoint(
     sequence_length = model.config.max_position_embeddings
     if record:
         sequence_length = record["run"]["data"]["sequence_length"]
-        data = data or Path(record["data"]["path"])
-    if data is None:
-        raise ValueError(f"{chosen} does not say what it was trained on; give --data DIR")
+    data = data or _training_data(chosen, record)
     dataset = TokenDataset(data, "validation")
     theirs, ours = load_encoder(data / "tokenizer"), load_encoder(chosen)
     if (theirs.separator, theirs.tokenizer.to_str()) != (ours.separator, ours.tokenizer.to_str()):
@@ -119,8 +120,7 @@ def evaluate_checkpoint(
         "data": str(data),
         "tokenizer_sha256": dataset.manifest.tokenizer_sha256,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "eval.json", result)
     plot(result, out / "eval.png")
     return result
 
@@ -128,11 +128,12 @@ def evaluate_checkpoint(
 def show(result: dict[str, Any]) -> None:
     """Print a result of `evaluate_checkpoint` as tables."""
     scores = Table(box=box.SIMPLE)
-    for name in ("loss", "bits_per_byte", "perplexity", "tokens", "bytes"):
+    means, counts = ("loss", "bits_per_byte", "perplexity"), ("tokens", "bytes", "context")
+    for name in (*means, *counts):
         scores.add_column(name.replace("_", " "), justify="right")
     scores.add_row(
-        *(f"{result[name]:.4f}" for name in ("loss", "bits_per_byte", "perplexity")),
-        *(f"{result[name]:,}" for name in ("tokens", "bytes")),
+        *(f"{result[name]:.4f}" for name in means),
+        *(f"{result[name]:,}" for name in counts),
     )
     positions = Table(box=box.SIMPLE)
     positions.add_column("position", justify="right")
@@ -147,11 +148,6 @@ def show(result: dict[str, Any]) -> None:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw perplexity by position, with the length of training marked, as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'gdn2[eval]'") from error
     buckets = result["by_position"]
     ends = [bucket["end"] for bucket in buckets]
     edges = [ends[0] // 2, *ends]  # the first bucket begins at 0, which has no logarithm
@@ -180,7 +176,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def _training_record(folder: Path) -> dict[str, Any]:
     """What training wrote beside the weights; nothing for weights from elsewhere."""
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _training_data(folder: Path, record: dict[str, Any]) -> Path:
+    if not record:
+        raise ValueError(f"{folder} does not say what it was trained on; give --data DIR")
+    data = Path(record["data"]["path"])
+    if not (data / MANIFEST).is_file():
+        raise ValueError(f"{folder} was trained on {data}, which is not there now; give --data DIR")
+    return data
 
 
 Piece = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs, labels
