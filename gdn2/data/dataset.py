@@ -2,7 +2,6 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +76,6 @@ class TokenDataset:
             ends.append(index[begin:end] + first)
         found = np.concatenate(ends)
         return found[found < stop]
-
-    @cached_property
-    def document_ends(self) -> np.ndarray:
-        """All document ends as int64: 8 bytes of memory per document, once asked for."""
-        pairs = zip(self._ends, self._first_token, strict=False)
-        return np.concatenate([ends + first for ends, first in pairs])
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, its separator first."""

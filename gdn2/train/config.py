@@ -93,7 +93,9 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     every_steps: int = 10
-    """Between two printed lines where there is no terminal; metrics.jsonl has every step."""
+    """Between two printed lines where there is no terminal, and between two means of the gates.
+
+    All else is in metrics.jsonl for every step."""
     validate_every_tokens: int | None = None
     validation_tokens: int = 65_536
 
@@ -168,11 +170,6 @@ def run_from_dict(tree: Mapping[str, Any]) -> Run:
             }
         sections[name] = kind(**value) if kinds else conform(value, kind, name)
     return Run(**sections)
-
-
-def override(run: Run, path: str, text: str) -> Run:
-    """The run with one setting, such as ``optim.lr``, read from ``text``."""
-    return override_all(run, [f"{path}={text}"])
 
 
 def override_all(run: Run, assignments: Iterable[str]) -> Run:

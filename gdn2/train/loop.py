@@ -109,6 +109,8 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
         while step < run.total_steps:
             step += 1
             row = train_step(run, model, optimizer, samples, step, device)
+            if step % run.log.every_steps == 0:
+                row["gates"] = model.statistics()  # waits for the device
             if validation and (step % validate_every == 0 or step == run.total_steps):
                 row["val_loss"] = validation_loss(model, validation, device)
             metrics.log(row)
@@ -163,7 +165,6 @@ def train_step(
         "grad_norm": norm_value,
         "lr": lr,
         "tokens_per_second": run.schedule.tokens_per_step / (time.perf_counter() - started),
-        "gates": model.statistics(),
     }
 
 

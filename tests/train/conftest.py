@@ -102,6 +102,6 @@ def tiny_run(tiny_model) -> Run:
         schedule=ScheduleConfig(total_tokens=1000, warmup_tokens=200, tokens_per_step=128),
         parallel=ParallelConfig(micro_batch_size=2),
         checkpoint=CheckpointConfig(every_tokens=384),
-        log=LogConfig(validate_every_tokens=512, validation_tokens=128),
+        log=LogConfig(every_steps=3, validate_every_tokens=512, validation_tokens=128),
         seed=5,
     )

@@ -10,7 +10,6 @@ from gdn2.train import (
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
-    override,
     override_all,
     run_from_dict,
     run_to_dict,
@@ -36,7 +35,7 @@ def test_total_and_warmup_round_up_to_whole_steps(tiny_run):
 
 def test_only_tokens_per_step_must_divide(tiny_run):
     with pytest.raises(ValueError, match=r"tokens_per_step must be a multiple .* = 96, got 128"):
-        override(tiny_run, "parallel.micro_batch_size", "3")
+        override_all(tiny_run, ["parallel.micro_batch_size=3"])
     with pytest.raises(ValueError, match="ranks = 2 x 32 x 3"):
         tiny_run.micro_batches(ranks=3)
 
@@ -62,7 +61,7 @@ def test_a_run_is_frozen(tiny_run):
     ],
 )
 def test_an_override_changes_one_setting(tiny_run, path, text, expected):
-    changed = override(tiny_run, path, text)
+    changed = override_all(tiny_run, [f"{path}={text}"])
     value = changed
     for name in path.split("."):
         value = getattr(value, name)
@@ -75,7 +74,7 @@ def test_an_override_changes_one_setting(tiny_run, path, text, expected):
 
 
 def test_overrides_below_model_rebuild_the_model(tiny_run):
-    changed = override(tiny_run, "model.mixers", "gdn2,kda")
+    changed = override_all(tiny_run, ["model.mixers=gdn2,kda"])
     assert list(changed.model.mixers) == ["gdn2", "kda"]
     assert "sliding_attention" not in changed.model.layer_types
     assert tiny_run.model.mixers != changed.model.mixers
@@ -114,7 +113,7 @@ def test_the_order_of_overrides_does_not_matter(tiny_run):
 )
 def test_wrong_overrides_say_what_is_wrong(tiny_run, path, text, message):
     with pytest.raises(ValueError, match=message):
-        override(tiny_run, path, text)
+        override_all(tiny_run, [f"{path}={text}"])
 
 
 def test_an_override_is_an_assignment(tiny_run):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdn2.data import Samples, TokenDataset
 from gdn2.models import Gdn2ForCausalLM, load_checkpoint
-from gdn2.train import Run, override, override_all, run_from_dict, run_to_dict
+from gdn2.train import Run, override_all, run_from_dict, run_to_dict
 from gdn2.train.loop import backward, step_batches, train
 from gdn2.train.metrics import Metrics
 
@@ -44,6 +44,9 @@ def test_a_run_learns_and_writes_a_line_a_step(finished, tiny_run):
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 9)]
     assert [step for step, line in enumerate(lines, 1) if "val_loss" in line] == [4, 8]
+    assert [step for step, line in enumerate(lines, 1) if "gates" in line] == [3, 6]
+    assert lines[2]["gates"].keys() == lines[5]["gates"].keys()
+    assert all(math.isfinite(mean) and mean for mean in lines[5]["gates"].values())
     assert lines[0]["loss"] == pytest.approx(math.log(300), rel=0.1)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     assert lines[-1]["val_loss"] < lines[3]["val_loss"]
@@ -231,7 +234,7 @@ def test_a_run_does_not_go_on_as_another(begun, tiny_run, data, assignment, mess
 
 def test_a_finished_run_is_not_another_run_either(finished, tiny_run, data):
     with pytest.raises(ValueError, match="holds another run"):
-        train(override(tiny_run, "schedule.total_tokens", "3000"), data=data, out=finished)
+        train(override_all(tiny_run, ["schedule.total_tokens=3000"]), data=data, out=finished)
 
 
 def test_a_run_does_not_go_on_with_other_data(begun, tiny_run, other_data):
@@ -287,7 +290,7 @@ def test_a_run_that_goes_on_with_another_torch_says_so_and_keeps_what_it_began_w
 
 
 def test_a_vocabulary_that_is_too_small_names_the_override(tiny_run, data, tmp_path):
-    run = override(tiny_run, "model.vocab_size", "100")
+    run = override_all(tiny_run, ["model.vocab_size=100"])
     with pytest.raises(ValueError, match=r"100, .*300.*: add model\.vocab_size=300"):
         train(run, data=data, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -318,7 +321,7 @@ def test_a_step_reads_its_own_sequences_whatever_the_micro_batch(tiny_run, data)
     for step in (1, 2, 7):
         expected = samples.batch((step - 1) * 4, 4).tokens.flatten()
         for size in ("1", "2", "4"):
-            run = override(tiny_run, "parallel.micro_batch_size", size)
+            run = override_all(tiny_run, [f"parallel.micro_batch_size={size}"])
             batches = step_batches(run, samples, step)
             assert len(batches) == 4 // int(size)
             assert torch.equal(torch.cat([batch.tokens.flatten() for batch in batches]), expected)
@@ -327,12 +330,12 @@ def test_a_step_reads_its_own_sequences_whatever_the_micro_batch(tiny_run, data)
 @pytest.mark.parametrize("packing", ["packed", "concat"])
 def test_micro_batches_add_up_to_the_whole_step(packing, tiny_run, data):
     """Also where some have fewer valid labels than others: a mean of means would be wrong."""
-    run = override(tiny_run, "data.packing", packing)
+    run = override_all(tiny_run, [f"data.packing={packing}"])
     torch.manual_seed(0)
     model = Gdn2ForCausalLM(run.model)
     results = []
     for size in ("1", "2", "4"):
-        run = override(run, "parallel.micro_batch_size", size)
+        run = override_all(run, [f"parallel.micro_batch_size={size}"])
         batches = step_batches(run, samples_of(data, run), 1)
         batches[0].labels.view(-1)[:20] = -100
         loss = backward(model, batches, CPU)
@@ -358,7 +361,7 @@ def test_checkpointed_activations_change_memory_not_gradients(tiny_run, data, tm
 
 def test_validation_is_optional(tiny_run, data, tmp_path):
     log = dataclasses.replace(tiny_run.log, validate_every_tokens=None)
-    run = override(dataclasses.replace(tiny_run, log=log), "schedule.total_tokens", "256")
+    run = override_all(dataclasses.replace(tiny_run, log=log), ["schedule.total_tokens=256"])
     train(run, data=data, out=tmp_path)
     assert not any("val_loss" in row for row in rows(tmp_path))
 
