@@ -7,10 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops import gated_delta_rule
+from gdn2.ops import chunked, gated_delta_rule
 
+C = chunked.CHUNK
 FORMS = (None, "head", "channel")
 GATE_FORMS = list(itertools.product(FORMS, FORMS, FORMS))  # decay, erase, write
+LAYOUTS = {
+    "batch": {"B": 2, "T": 2 * C + 7},
+    "value_groups": {"B": 1, "T": C + 5, "H": 2, "HV": 4},
+    "gates_on_value_heads": {"B": 2, "T": C + 5, "H": 1, "HV": 3, "gates_on_value_heads": True},
+    "packed": {"B": 1, "T": 3 * C, "HV": 4, "cu_seqlens": (0, 0, 5, C + 5, 2 * C, 3 * C, 3 * C)},
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,38 @@ def make_inputs(case: Case, *, seed: int = 0, dtype: torch.dtype = torch.float64
         "state": randn(case.N, case.HV, case.K, case.V),
     }
     return {name: x if x is None else x.to(dtype) for name, x in inputs.items()}
+
+
+def extreme_inputs(name: str, case: Case) -> dict:
+    inputs = make_inputs(case)
+    log_decay, erase = inputs["log_decay"], inputs["erase"]
+    if name.startswith("decay"):
+        log_decay[:] = float(name.removeprefix("decay "))
+    elif name.startswith("erase"):
+        erase[:] = float(name.removeprefix("erase "))
+    elif name == "mixed decays":
+        log_decay[..., ::4] = -1e4
+        log_decay[..., 1::4] = 0.0
+        log_decay[..., 2::4] = -20.0
+    elif name == "bursts":
+        log_decay[:] = 0.0
+        log_decay[:, 5::9] = -1e4
+    elif name == "no write":
+        inputs["write"].zero_()
+    elif name == "zero keys":
+        inputs["k"].zero_()
+    elif name == "equal keys":
+        inputs["k"][:] = inputs["k"][:, :1]
+        log_decay.zero_()
+        erase[:] = 1.93
+    return inputs
+
+
+EXTREMES = (
+    *(f"decay {x}" for x in ("0", "-1e-6", "-20", "-50", "-90", "-1e4")),
+    *(f"erase {x}" for x in ("0", "1", "2")),
+    *("mixed decays", "bursts", "no write", "zero keys", "equal keys"),
+)
 
 
 def cast(inputs: dict, dtype: torch.dtype) -> dict:

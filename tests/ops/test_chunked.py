@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import (
+    EXTREMES,
     FORMS,
     GATE_FORMS,
+    LAYOUTS,
     Case,
     assert_no_worse,
     assert_same_bits,
     cast,
     error,
+    extreme_inputs,
     make_inputs,
     natural_sizes,
     run,
@@ -22,12 +25,6 @@ from operator_cases import (
 from gdn2.ops import chunked, gated_delta_rule
 
 C = chunked.CHUNK
-LAYOUTS = {
-    "batch": {"B": 2, "T": 2 * C + 7},
-    "value_groups": {"B": 1, "T": C + 5, "H": 2, "HV": 4},
-    "gates_on_value_heads": {"B": 2, "T": C + 5, "H": 1, "HV": 3, "gates_on_value_heads": True},
-    "packed": {"B": 1, "T": 3 * C, "HV": 4, "cu_seqlens": (0, 0, 5, C + 5, 2 * C, 3 * C, 3 * C)},
-}
 
 
 def compare_with_truth(case: Case, *, backend: str = "chunked", seed: int = 0) -> float:
@@ -102,38 +99,6 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     assert got["out"].dtype == got["d_q"].dtype == dtype
     assert got["new_state"].dtype == torch.float32
     assert_no_worse(got, than=loop, truth=truth, factor=1.5)
-
-
-def extreme_inputs(name: str, case: Case) -> dict:
-    inputs = make_inputs(case)
-    log_decay, erase = inputs["log_decay"], inputs["erase"]
-    if name.startswith("decay"):
-        log_decay[:] = float(name.removeprefix("decay "))
-    elif name.startswith("erase"):
-        erase[:] = float(name.removeprefix("erase "))
-    elif name == "mixed decays":
-        log_decay[..., ::4] = -1e4
-        log_decay[..., 1::4] = 0.0
-        log_decay[..., 2::4] = -20.0
-    elif name == "bursts":
-        log_decay[:] = 0.0
-        log_decay[:, 5::9] = -1e4
-    elif name == "no write":
-        inputs["write"].zero_()
-    elif name == "zero keys":
-        inputs["k"].zero_()
-    elif name == "equal keys":
-        inputs["k"][:] = inputs["k"][:, :1]
-        log_decay.zero_()
-        erase[:] = 1.93
-    return inputs
-
-
-EXTREMES = (
-    *(f"decay {x}" for x in ("0", "-1e-6", "-20", "-50", "-90", "-1e4")),
-    *(f"erase {x}" for x in ("0", "1", "2")),
-    *("mixed decays", "bursts", "no write", "zero keys", "equal keys"),
-)
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
