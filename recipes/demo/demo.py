@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -57,7 +58,7 @@ PLOTTED_POINTS = 400
 
 
 class CommandFailed(Exception):
-    """A command ended with this exit code, and has said why."""
+    """A command ended with this exit code; what is wrong has been said."""
 
 
 def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TWINS) -> Report:
@@ -68,16 +69,26 @@ def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TW
     first = next(iter(runs.values()))
     tokenizer = ["--vocab-size", first.model.vocab_size]
     commands = [
-        ["prepare", source, "--out", data, *tokenizer, "--val-fraction", VALIDATION_FRACTION],
-        *(["train", twins[name], "--data", data, "--out", out / name] for name in runs),
-        *(["eval", out / name] for name in runs),
+        (
+            data,
+            ["prepare", source, "--out", data, *tokenizer, "--val-fraction", VALIDATION_FRACTION],
+        ),
+        *(
+            (out / name, ["train", twins[name], "--data", data, "--out", out / name])
+            for name in runs
+        ),
+        *((out / name, ["eval", out / name]) for name in runs),
     ]
+    origin = _origin([out / name for name in runs])
     lines = []
-    for command in commands:
+    for folder, command in commands:
         words = [str(word) for word in command]
         lines.append(shlex.join(["gdn2", *words]))
         console.print(f"\n[bold]$ {escape(lines[-1])}[/]", soft_wrap=True)
+        begun = folder.exists()
         code = cli.main(words)
+        if code == 2 and begun:
+            _say(f"if the demo has changed since {folder} was begun, delete {folder}, run it again")
         if code:
             raise CommandFailed(code)
 
@@ -98,14 +109,46 @@ def run_demo(out: Path, *, source: str = "stdlib", twins: Mapping[str, str] = TW
         sequence_length=first.data.sequence_length,
         sampling=f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",
         machine=_machine(),
-        versions=_versions(),
-        commit=commit() or "unknown",
+        versions=origin["versions"],
+        commit=origin["commit"],
         commands=lines,
     )
     write_report(report, out)
     _show(report, console)
     console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True)
     return report
+
+
+def _origin(folders: Sequence[Path]) -> dict[str, Any]:
+    """The commit and the versions that all twins come from: one of them, or nothing compares.
+
+    A twin that is not finished will also come from the code that runs now.
+    """
+    packages = ("torch", "transformers", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
+    now = {"python": platform.python_version(), **versions}, commit()
+    origins = {}
+    for folder in folders:
+        records = [folder / "config.json", folder / "final" / "run.json"]
+        origins[folder] = [_recorded(record) if record.is_file() else now for record in records]
+    first, *others = [origin for both in origins.values() for origin in both]
+    if any(origin != first for origin in others):
+        old = [folder for folder, both in origins.items() if both != [now, now]]
+        _say(
+            "the twins would come from different commits or versions and could not be compared: "
+            f"delete {' and '.join(map(str, old))}, run it again"
+        )
+        raise CommandFailed(2)
+    return {"versions": first[0], "commit": first[1] or "unknown"}
+
+
+def _recorded(path: Path) -> tuple[dict[str, str], str | None]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["versions"], record["commit"]
+
+
+def _say(what: str) -> None:
+    print(f"demo: {what}", file=sys.stderr)
 
 
 def _twin(name: str, run: Run, folder: Path, training: TokenDataset, encoder: Encoder) -> Twin:
@@ -153,13 +196,6 @@ def _machine() -> dict[str, Any]:
         else os.cpu_count(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": platform.platform(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
     }
 
 

@@ -1,12 +1,12 @@
 """What the demo found: report.json for programs, report.html for people."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from gdn2.data.shards import write_file, write_json
 from recipes.demo.chart import Axis, Level, Point, Series, line_chart
 
 BASELINES = {"gzip": "gzip -9", "xz": "xz -9", "ngram5": "byte 5-gram"}
@@ -64,8 +64,8 @@ def write_report(report: Report, out: Path) -> None:
         "versions": report.versions,
         "commit": report.commit,
     }
-    (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(render_html(report), encoding="utf-8")
+    write_file(out / "report.html", render_html(report).encode())
+    write_json(out / "report.json", summary)
 
 
 def render_html(report: Report) -> str:
@@ -144,7 +144,9 @@ def _scores(report: Report) -> str:
         f"{report.validation_bytes:,} bytes of text. Lower is better. The models also pay for "
         "predicting where a file ends, the baselines do not. gzip and xz compress the files joined "
         "in the order of their sha256; the 5-gram (Witten-Bell, four bytes of context) was "
-        f"trained on the {report.training_bytes:,} bytes that the models were trained on. State: "
+        f"trained on the {report.training_bytes:,} bytes that the models were trained on. The "
+        "models' tokenizer knows more: it was trained on all the text that is not for validation. "
+        "State: "
         "what a model carries from token to token while it writes one text.</p>"
     )
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -57,6 +58,15 @@ def parse(html: str) -> Tags:
     return tags
 
 
+def run_tiny(out: Path, **mixers: list[str]) -> Report:
+    """The demo beside the folder `source`, with twins of these mixers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in mixers:
+            patch.setitem(presets.PRESETS, f"tiny_{name}", tiny(mixers[name]))
+        twins = {name: f"tiny_{name}" for name in mixers}
+        return run_demo(out, source=str(out.parents[1] / "source"), twins=twins)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     folder = tmp_path_factory.mktemp("demo")
@@ -64,11 +74,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     for n in range(150):
         (folder / "source" / f"gate_{n}.py").write_text(SOURCE.replace("{n}", str(n)) * (n % 5 + 1))
     out = folder / "runs" / "demo"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, mixers in MIXERS.items():
-            patch.setitem(presets.PRESETS, f"tiny_{name}", tiny(mixers))
-        twins = {name: f"tiny_{name}" for name in MIXERS}
-        return run_demo(out, source=str(folder / "source"), twins=twins), out
+    return run_tiny(out, **MIXERS), out
 
 
 def test_report_json_has_what_scripts_rely_on(demo: tuple[Report, Path]) -> None:
@@ -138,3 +144,53 @@ def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> Non
     with pytest.raises(CommandFailed) as failed:
         run_demo(tmp_path / "out", source=str(tmp_path / "nowhere"), twins={"gdn2": "debug"})
     assert failed.value.args == (2,)
+
+
+def test_the_report_of_finished_twins_says_where_they_come_from(
+    demo: tuple[Report, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo[1].parents[1] / "source", tmp_path / "source")
+    out = shutil.copytree(demo[1], tmp_path / "runs" / "demo")
+    for name in MIXERS:
+        assert demo[0].commit == (from_commit("a" * 40, out / name) or "unknown")
+    assert run_tiny(out, **MIXERS).commit == "a" * 40
+    assert json.loads((out / "report.json").read_text())["commit"] == "a" * 40
+
+    from_commit("b" * 40, out / "gdn2_hybrid")
+    (out / "report.json").unlink()
+    with pytest.raises(CommandFailed) as failed:
+        run_tiny(out, **MIXERS)
+    assert failed.value.args == (2,)
+    assert f"delete {out / 'gdn2'} and {out / 'gdn2_hybrid'}, run" in capsys.readouterr().err
+    assert not (out / "report.json").exists()
+
+
+def from_commit(commit: str, run: Path) -> str | None:
+    """Let `run` come from another commit; the one it came from."""
+    old = None
+    for path in (run / "config.json", run / "final" / "run.json"):
+        record = json.loads(path.read_text())
+        old, record["commit"] = record["commit"], commit
+        path.write_text(json.dumps(record))
+    return old
+
+
+def test_an_unfinished_twin_of_other_code_is_refused_before_anything_is_trained(
+    demo: tuple[Report, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(demo[1], tmp_path / "runs" / "demo")
+    from_commit("a" * 40, out / "gdn2")
+    shutil.rmtree(out / "gdn2_hybrid")
+    with pytest.raises(CommandFailed):
+        run_tiny(out, **MIXERS)
+    assert f"delete {out / 'gdn2'}, run" in capsys.readouterr().err
+    assert not (out / "gdn2_hybrid").exists()
+
+
+def test_a_twin_of_another_preset_is_named(
+    demo: tuple[Report, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        run_tiny(demo[1], gdn2=["kda"])
+    assert failed.value.args == (2,)
+    assert f"delete {demo[1] / 'gdn2'}, run" in capsys.readouterr().err
