@@ -1,14 +1,11 @@
 """What an unfinished folder knows: the request it answers and the sections that are finished."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gdn2.data.shards import Shard, write_json
+from gdn2.data.durable import UNFINISHED, write_json
+from gdn2.data.shards import Shard
 from gdn2.data.sources import START, Position
 
 JOURNAL = "journal.json.tmp"  # gone when the folder is complete
@@ -34,7 +31,7 @@ class Journal:
             journal = cls(folder, **json.loads(path.read_bytes()))
             refuse_differences(folder, journal.request, request)
             return journal
-        if folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir()):
+        if folder.is_dir() and any(not file.name.endswith(UNFINISHED) for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and was not begun by prepare: use another")
         journal = cls(folder, request)
         journal._save()
@@ -77,17 +74,3 @@ def refuse_differences(folder: Path, old: dict, new: dict) -> None:
             f"{folder} was begun with something else: {'; '.join(differences)}. "
             "Use another folder or delete this one"
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the system unlocks it however this one ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process is preparing {folder}") from error
-        yield
-    finally:
-        os.close(descriptor)

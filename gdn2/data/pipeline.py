@@ -9,7 +9,6 @@ boundary.
 """
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -18,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from gdn2.data.dataset import TokenDataset
+from gdn2.data.durable import locked, write_folder
 from gdn2.data.encode import Encoded, TextBatch, batch_documents, encode_batches, text_hash
-from gdn2.data.journal import Journal, locked, refuse_differences
+from gdn2.data.journal import Journal, refuse_differences
 from gdn2.data.progress import ProgressBar, say
 from gdn2.data.shards import (
     MANIFEST,
@@ -30,7 +30,6 @@ from gdn2.data.shards import (
     Split,
     load_manifest,
     sha256_of,
-    sync_folder,
     token_dtype,
 )
 from gdn2.data.sources import Corpus, Position, find_source
@@ -99,7 +98,6 @@ def prepare(
     if (out / MANIFEST).is_file():
         return _confirm(out, request)
 
-    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         journal = Journal.open(out, request)
         if journal.sections:
@@ -178,23 +176,18 @@ def _provide_tokenizer(
     out: Path, corpus: Corpus, given: str | os.PathLike | None, vocab_size: int | None, limit: int
 ) -> None:
     """Make out/tokenizer, which has its name only when it is whole."""
-    folder, temporary = out / "tokenizer", out / "tokenizer.tmp"
-    if folder.is_dir():
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    if given is not None:
-        copy_tokenizer(given, temporary)
-    else:
-        assert vocab_size is not None
-        say(f"training a tokenizer of {vocab_size:,} tokens")
-        texts = (text for text in corpus.sample(TRAINING_TEXT) if text_hash(text) >= limit)
-        save_tokenizer(train_tokenizer(texts, vocab_size), temporary)
-    for file in temporary.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    temporary.rename(folder)
-    sync_folder(out)
+
+    def fill(folder: Path) -> None:
+        if given is not None:
+            copy_tokenizer(given, folder)
+        else:
+            assert vocab_size is not None
+            say(f"training a tokenizer of {vocab_size:,} tokens")
+            texts = (text for text in corpus.sample(TRAINING_TEXT) if text_hash(text) >= limit)
+            save_tokenizer(train_tokenizer(texts, vocab_size), folder)
+
+    if not (out / "tokenizer").is_dir():
+        write_folder(out / "tokenizer", fill)
 
 
 def _write_sections(out: Path, corpus: Corpus, journal: Journal, limit: int, workers: int) -> None:

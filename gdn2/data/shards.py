@@ -4,21 +4,25 @@
     NNNNN.ds.index  little-endian uint64: after which token of the shard each document ends
     manifest.json   what the folder holds, with a checksum of every shard
 
-A file has its final name only when it is complete: it is written beside that name with the
-suffix .tmp, flushed to disk and renamed. The manifest comes last.
+A file has its final name only when it is complete. The manifest comes last.
 """
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from gdn2.data.durable import (
+    commit,
+    naming_full_disk,
+    open_for_writing,
+    write_file,
+    write_json,
+)
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -166,56 +170,6 @@ class ShardWriter:
         """Leave the unfinished file under its .tmp name."""
         with suppress(OSError):  # a full disk fails the last flush once more
             self._stream.close()
-
-
-def write_json(path: Path, data: object) -> None:
-    write_file(path, json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write and rename: after a crash `path` is the old file or the new one, never a part."""
-    stream = open_for_writing(path)
-    with naming_full_disk(path):
-        stream.write(data)
-    commit(stream, path)
-
-
-def open_for_writing(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _temporary(path).open("wb")
-
-
-def commit(stream: BinaryIO, path: Path) -> None:
-    with naming_full_disk(path), stream:
-        stream.flush()
-        os.fsync(stream.fileno())
-    _temporary(path).replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            error.errno, f"no room to write {path} ({error.strerror}); make room and run it again"
-        ) from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gdn2.data.shards import write_file, write_json
+from gdn2.data.durable import write_file, write_json
 
 SEPARATOR_TOKEN = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192

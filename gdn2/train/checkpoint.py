@@ -8,8 +8,6 @@ format, which needs no process group for one process and reshards for many.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import warnings
@@ -25,7 +23,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-UNFINISHED = ".tmp"
+from gdn2.data import durable
+from gdn2.data.durable import UNFINISHED
 
 
 class Checkpoints:
@@ -106,43 +105,10 @@ def _state(
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a folder that is called ``target`` once it is complete on the disk."""
-    unfinished = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
-        write(unfinished)
-        for path in unfinished.rglob("*"):
-            _sync(path)
-        _sync(unfinished)
-        unfinished.rename(target)
-        _sync(target.parent)
+        durable.write_folder(target, write)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep other processes from training into ``folder``; the kernel releases it at any death."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RuntimeError(f"{folder} is in use by another training process") from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_manifest
-from gdn2.data.shards import write_json
+from gdn2.data.durable import locked, write_json
 from gdn2.models import Gdn2ForCausalLM
-from gdn2.train.checkpoint import Checkpoints, claim, write_folder
+from gdn2.train.checkpoint import Checkpoints, write_folder
 from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
@@ -54,7 +54,7 @@ def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
         )
     special = [name for name in SPECIAL_TOKENS if getattr(run.model, name) is None]
     run = override_all(run, [f"model.{name}={manifest.separator}" for name in special])
-    with claim(out):
+    with locked(out):
         _train(run, manifest, data=data, out=out, device=place)
 
 

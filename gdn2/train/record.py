@@ -12,6 +12,7 @@ from typing import Any
 
 import gdn2
 from gdn2.data import Manifest
+from gdn2.data.durable import UNFINISHED
 from gdn2.train.config import Run, run_to_dict
 
 # A resumed run may change these: none changes what a step computes, beyond its rounding.
@@ -51,7 +52,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
             record = json.loads(path.read_text())
             if isinstance(record, dict) and {"run", "data"} <= record.keys():
                 return record
-    elif all(file.name.endswith(".tmp") for file in out.iterdir()):  # left by a kill
+    elif all(file.name.endswith(UNFINISHED) for file in out.iterdir()):  # left by a kill
         return None
     raise ValueError(f"{out} is not empty and was not begun by train: choose another --out")
 

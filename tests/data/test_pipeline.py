@@ -251,7 +251,7 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(RuntimeError, match="another process is preparing"):
+        with pytest.raises(RuntimeError, match="in use by another process"):
             run([corpus], tmp_path / "out")
     finally:
         os.close(descriptor)

@@ -1,13 +1,12 @@
 """The layout on disk, and files that are complete or not there."""
 
-import errno
 import hashlib
 import struct
 
 import numpy as np
 import pytest
 
-from gdn2.data.shards import ShardWriter, load_manifest, naming_full_disk, token_dtype, write_file
+from gdn2.data.shards import ShardWriter, load_manifest, token_dtype
 
 
 def test_layout_is_that_of_datatrove(tmp_path):
@@ -35,20 +34,6 @@ def test_an_open_shard_has_no_final_name(tmp_path):
     writer.write(np.array([0, 1]), np.array([2]), 1)
     writer.abandon()
     assert [f.name for f in (tmp_path / "train").iterdir()] == ["00000.ds.tmp"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    write_file(tmp_path / "a", b"old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match=r"no room to write .*/a \(full\)") as raised:
-        write_file(tmp_path / "a", b"new")
-    assert raised.value.errno == errno.ENOSPC
-    assert (tmp_path / "a").read_bytes() == b"old"
-
-
-def test_other_errors_are_left_alone(tmp_path):
-    with pytest.raises(PermissionError), naming_full_disk(tmp_path):
-        raise PermissionError(errno.EACCES, "no")
 
 
 def test_manifest_round_trip(tmp_path, write_dataset):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gdn2.train import OptimConfig
-from gdn2.train.checkpoint import Checkpoints, claim
+from gdn2.train.checkpoint import Checkpoints
 from gdn2.train.optim import build_optimizer
 
 
@@ -153,14 +153,3 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_step(tmp_path, part):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
     assert {path.name: path.read_bytes() for path in checkpoints.path(3).iterdir()} == files
     checkpoints.load(3, *build())
-
-
-def test_a_run_folder_belongs_to_one_process(tmp_path):
-    with (
-        claim(tmp_path / "run"),
-        pytest.raises(RuntimeError, match="in use by another training process"),
-        claim(tmp_path / "run"),
-    ):
-        pass
-    with claim(tmp_path / "run"):
-        pass

@@ -145,7 +145,7 @@ def test_a_signal_from_outside_saves_and_exits_130(trainer, run, data, undisturb
 def test_two_processes_do_not_share_a_run(trainer, run, data, tmp_path):
     child = trainer.start(run, data, tmp_path)
     until(lambda: last_step(tmp_path) >= 1)
-    with pytest.raises(RuntimeError, match="in use by another training process"):
+    with pytest.raises(RuntimeError, match="in use by another process"):
         train(run, data=data, out=tmp_path)
     os.kill(child, signal.SIGKILL)
     trainer.wait()
