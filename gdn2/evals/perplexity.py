@@ -33,7 +33,8 @@ from rich.progress import track
 from rich.table import Table
 
 from gdn2.data import TokenDataset, load_encoder
-from gdn2.data.shards import MANIFEST, write_json
+from gdn2.data.durable import write_json
+from gdn2.data.shards import MANIFEST
 from gdn2.models.loading import load_checkpoint
 
 EXTRAPOLATION = 4  # longest context, in training lengths

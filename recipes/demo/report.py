@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gdn2.data.shards import write_file, write_json
+from gdn2.data.durable import write_file, write_json
 from recipes.demo.chart import Axis, Level, Point, Series, line_chart
 
 BASELINES = {"gzip": "gzip -9", "xz": "xz -9", "ngram5": "byte 5-gram"}
