@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -47,12 +48,28 @@ def requirements(name: str) -> set[str]:
     return found
 
 
+def copy_source(target: Path) -> None:
+    """The checkout without what git ignores: setuptools puts all of an old build/ into a wheel."""
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info")
+        shutil.copytree(ROOT, target, ignore=ignored)
+        return
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+
+
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory) -> Path:
     """A Python that has the built wheel and torch with its requirements, by links, and no more."""
     root = tmp_path_factory.mktemp("bare")
-    wheels = root / "wheels"
-    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT]
+    source, wheels = root / "source", root / "wheels"
+    copy_source(source)
+    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, source]
     subprocess.run([sys.executable, "-m", "pip", *map(str, build)], check=True)
     venv.create(root / "venv", symlinks=True)
     site = next((root / "venv").glob("lib/python*/site-packages"))
@@ -108,4 +125,6 @@ def test_wheel_holds_the_package_alone(bare_python):
     files = next(site.glob("gdn2-*.dist-info/RECORD")).read_text()
     assert "gdn2/py.typed" in files
     assert "LICENSE" in files
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gdn2").rglob("*.py")}
+    assert set(re.findall(r"^(gdn2/.*\.py),", files, re.MULTILINE)) == sources
     assert not re.search(r"^(tests|recipes|benchmarks)/", files, re.MULTILINE)
