@@ -272,7 +272,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_checkpoint(sub)
     prompt = sub.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="start of a document, may be empty")
+    prompt.add_argument(
+        "--prompt", type=_utf8, metavar="TEXT", help="start of a document, may be empty"
+    )
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
@@ -292,6 +294,15 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_preset(sub)
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _utf8(text: str) -> str:
+    """An argument; bytes that are not UTF-8 come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from error
+    return text
 
 
 def _option(group: Any, flag: str, metavar: str, help: str, type: Any = str) -> None:

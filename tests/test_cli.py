@@ -86,6 +86,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("eval RUN --data nowhere", "nowhere"),
         ("generate RUN", "--prompt"),
         ("generate RUN --prompt a --prompts TEXTS", "not allowed with"),
+        ("generate RUN --prompt caf\udce9", "not UTF-8"),
         ("generate RUN --prompts nowhere.txt", "nowhere.txt"),
         ("generate RUN --prompts EMPTY", "has no line"),
         ("generate RUN --prompts LATIN", "is not UTF-8"),
