@@ -3,7 +3,10 @@
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -15,6 +18,10 @@ from gdn2.models.configuration import Gdn2Config
 from gdn2.models.modeling import Gdn2ForCausalLM
 
 STEP = re.compile(r"step_\d+")
+DAMAGE = (  # how torch's reader fails on a broken file
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError, PickleError),
+)
 
 
 def load_checkpoint(path: str | Path) -> tuple[Gdn2ForCausalLM, Path]:
@@ -53,12 +60,22 @@ def read_step(folder: Path, state: dict[str, Any]) -> None:
     Raises RuntimeError, naming `folder`, if it is damaged or does not hold them.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant
+        with one_process():
             dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except CheckpointException as error:  # a report of ranks, and a BaseException
-        ((reason, _),) = error.failures.values()
-        raise RuntimeError(f"cannot read {folder}: {reason!r}") from error
+    except DAMAGE as error:
+        raise RuntimeError(f"cannot read {folder}: {error!r}") from error
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """No process group is meant, and an error is the one that happened, not a report of ranks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:  # a BaseException
+            ((reason, _),) = error.failures.values()
+            raise reason from error
 
 
 def find_checkpoint(path: Path) -> Path:

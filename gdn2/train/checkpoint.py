@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gdn2.data import durable
 from gdn2.data.durable import UNFINISHED
+from gdn2.models.loading import one_process, read_step
 
 
 class Checkpoints:
@@ -71,7 +69,7 @@ class Checkpoints:
 
         def write(folder: Path) -> None:
             state = _state(model, optimizer, step, tokens)
-            with _one_process():
+            with one_process():
                 dcp.save(state, checkpoint_id=folder, no_dist=True)
             write_more(folder)
 
@@ -81,11 +79,7 @@ class Checkpoints:
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put ``step`` into the model, the optimizer and torch's random generator."""
         state = _state(model, optimizer, step, tokens=0)
-        try:
-            with _one_process():
-                dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
-        except (OSError, EOFError, RuntimeError, ValueError) as error:
-            raise RuntimeError(f"cannot read {self.path(step)}: {error!r}") from error
+        read_step(self.path(step), state)
         set_state_dict(
             model,
             optimizer,
@@ -109,15 +103,3 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         durable.write_folder(target, write)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(f"cannot write {target}: {error}") from error
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """No process group is meant, and an error is the one that happened, not a report of ranks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            ((reason, _),) = error.failures.values()
-            raise reason from error

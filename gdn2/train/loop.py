@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_manifest
 from gdn2.data.durable import locked, write_json
 from gdn2.models import Gdn2ForCausalLM
+from gdn2.models.loss import IGNORED
 from gdn2.train.checkpoint import Checkpoints, write_folder
 from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
@@ -33,7 +34,6 @@ from gdn2.train.optim import build_optimizer, learning_rate
 from gdn2.train.parallel import autocast, prepare_device, to_device
 from gdn2.train.record import describe_run, differences, read_record, refuse_another_run
 
-IGNORED = -100
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
 
 
