@@ -8,12 +8,14 @@ Axes: n chunks of a segment, C tokens a chunk, H heads, D channels.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+_CACHE_LINES_APART = 17
 
 
 class Workspace:
@@ -26,13 +28,37 @@ class Workspace:
         self.dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor; it shares memory with the last one of that name."""
+    def __call__(self, name: str, *shape: int, zero: bool = False) -> Tensor:
+        """A tensor that shares memory with the last one of that name; `zero` at the first use."""
         size, buffer = math.prod(shape), self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+            # Buffers that start at the same offset of a page compete for the same cache lines.
+            skew = _CACHE_LINES_APART * len(self._buffers) % 64 * 64 // self.dtype.itemsize
+            make = torch.zeros if zero else torch.empty
+            buffer = make(skew + size, dtype=self.dtype, device=self.device)[skew:]
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
+
+
+class TokenOrder:
+    """How the C tokens of a chunk lie along an axis: in time, or by their reversed index bits.
+
+    With bits reversed, token 1 comes at C/2, token 2 at C/4, token 3 at 3C/4 ... Then, for every
+    h = 1, 2, 4 ..., tokens that have the same place within their block of h tokens are neighbours,
+    and all blocks are met at one stride: pairs of blocks merge in slabs (`ChannelDecay`).
+
+    Attributes:
+        sizes, distances: of the axes that the token axis splits into; distances in tokens.
+    """
+
+    def __init__(self, C: int, *, bits_reversed: bool):
+        by_bits = [(2, 2**i) for i in range(C.bit_length() - 1)]
+        split = by_bits if bits_reversed and by_bits else [(C, 1)]
+        self.sizes, self.distances = zip(*split, strict=True)
+
+    def times(self, C: int) -> Tensor:
+        """The time of the token at each place."""
+        return _view(torch.arange(C), Lattice(0, 0, 1, 1), C, self).reshape(C)
 
 
 @dataclass(frozen=True)
@@ -47,15 +73,16 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Scattered:
-    """Any chunks, some of them short.
+    """Any chunks, some of them short or even empty.
 
     Attributes:
-        tokens: positions of the tokens in the flat token axis.
-        rows: where they go in the ``n * C`` rows of the chunks; the others are padding.
+        tokens: position in the flat token axis of each of the ``n C`` rows; any token for padding.
+        taken, padding: which rows are tokens, and which are padding.
     """
 
     tokens: Tensor
-    rows: Tensor
+    taken: Tensor
+    padding: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class Segment:
     """
 
     sequences: slice
-    steps: list[tuple[int, int]]
+    steps: tuple[tuple[int, int], ...]
     chunk: int
     place: Lattice | Scattered
 
@@ -79,36 +106,50 @@ class Segment:
     def num_chunks(self) -> int:
         return sum(count for _, count in self.steps)
 
-    def load(self, x: Tensor, chunks: Tensor) -> Tensor:
-        """Copy tokens of x ``[tokens, H, D]`` into chunks ``[n, H, C, D]``; padding is zero."""
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The axes (steps, sequences) that `read` splits the chunks into; (n, 1) if scattered."""
         if isinstance(self.place, Lattice):
-            self._by_step(chunks).copy_(self._view(x))
-            return chunks
-        rows = x.new_zeros(self.num_chunks * self.chunk, *x.shape[1:])
-        rows.index_copy_(0, self.place.rows, x.index_select(0, self.place.tokens))
-        return chunks.copy_(rows.unflatten(0, (-1, self.chunk)).transpose(1, 2))
+            return self.place.steps, self.place.sequences
+        return self.num_chunks, 1
 
-    def store(self, chunks: Tensor, x: Tensor) -> None:
-        """Copy chunks ``[n, H, C, D]`` back to their tokens of x ``[tokens, H, D]``."""
+    def read(self, x: Tensor, order: TokenOrder) -> Tensor:
+        """The segment's part of x ``[tokens, ...]`` as ``[*order, *grid, ...]``.
+
+        A view, with n as two axes (steps, sequences), where the chunks form a lattice; else a copy
+        with zeros as padding.
+        """
         if isinstance(self.place, Lattice):
-            self._view(x).copy_(self._by_step(chunks))
-        else:
-            rows = chunks.transpose(1, 2).flatten(0, 1).index_select(0, self.place.rows)
-            x.index_copy_(0, self.place.tokens, rows.to(x.dtype))
+            return _view(x, self.place, self.chunk, order)
+        rows = x.index_select(0, self.place.tokens).index_fill_(0, self.place.padding, 0)
+        return _view(rows, Lattice(0, 0, self.num_chunks, 1), self.chunk, order)
 
-    def _by_step(self, chunks: Tensor) -> Tensor:
-        return chunks.unflatten(0, (len(self.steps), -1))  # [steps, sequences, H, C, D]
-
-    def _view(self, x: Tensor) -> Tensor:
-        """The chunks of x as [steps, sequences, H, C, D] without a copy."""
-        token, head, channel = x.stride()
+    def write(self, x: Tensor, order: TokenOrder, compute: Callable[[Tensor], object]) -> None:
+        """Have ``compute(out)`` fill the segment's part of x, laid out as by `read`."""
+        if isinstance(self.place, Lattice):
+            compute(_view(x, self.place, self.chunk, order))
+            return
         at = self.place
-        assert isinstance(at, Lattice)
-        return x.as_strided(
-            (at.steps, at.sequences, x.shape[1], self.chunk, x.shape[2]),
-            (self.chunk * token, at.stride * token, head, token, channel),
-            x.storage_offset() + at.start * token,
-        )
+        rows = x.new_empty(self.num_chunks * self.chunk, *x.shape[1:])
+        compute(_view(rows, Lattice(0, 0, self.num_chunks, 1), self.chunk, order))
+        if len(at.padding):
+            x.index_copy_(0, at.tokens[at.taken], rows.index_select(0, at.taken))
+        else:
+            x.index_copy_(0, at.tokens, rows)
+
+
+def _view(x: Tensor, at: Lattice, chunk: int, order: TokenOrder) -> Tensor:
+    token, *rest = x.stride()
+    return x.as_strided(
+        (*order.sizes, at.steps, at.sequences, *x.shape[1:]),
+        (
+            *(distance * token for distance in order.distances),
+            chunk * token,
+            at.stride * token,
+            *rest,
+        ),
+        x.storage_offset() + at.start * token,
+    )
 
 
 @dataclass(frozen=True)
@@ -145,59 +186,89 @@ def build_schedule(
     lengths = [stop - start for start, stop in pairwise(bounds)]
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     sequences = [(bounds[n], lengths[n]) for n in order]
-    segments: list[Segment] = []
-    for first in range(0, len(sequences), chunks_per_segment):
-        group = sequences[first : first + chunks_per_segment]
-        segments += _cut_group(group, first, chunk, chunks_per_segment, device)
+    segments = list(_cut(sequences, chunk, chunks_per_segment, device))
     in_order = order == list(range(len(order)))
     ranks = None if in_order else torch.tensor(order, device=device)
     return Schedule(segments, len(sequences), ranks)
 
 
-def _cut_group(
-    group: list[tuple[int, int]],
-    first_rank: int,
+def _cut(
+    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int, device: torch.device
+) -> Iterator[Segment]:
+    """Segments of all (start, length), sorted by falling length.
+
+    Full chunks of long sequences, or of many equal ones, are lattices. What is left of those, and
+    all shorter sequences, are gathered.
+    """
+    rest: list[tuple[int, int]] = []
+    rank, rest_of_lattices = 0, False
+    for run in _regular_runs(sequences, chunks_per_segment):
+        start, length = run[0]
+        full = length // chunk
+        is_lattice = 2 * len(run) * full >= chunks_per_segment
+        if is_lattice != rest_of_lattices:
+            yield from _gather(rest, rank - len(rest), chunk, chunks_per_segment, device)
+            rest, rest_of_lattices = [], is_lattice
+        if is_lattice:
+            stride = run[1][0] - start if len(run) > 1 else 0
+            at_once = max(1, chunks_per_segment // len(run))
+            for first in range(0, full, at_once):
+                place = Lattice(start + first * chunk, stride, min(at_once, full - first), len(run))
+                steps = tuple((step * len(run), len(run)) for step in range(place.steps))
+                yield Segment(slice(rank, rank + len(run)), steps, chunk, place)
+            run = [(start + full * chunk, length - full * chunk) for start, length in run]
+        rest += run
+        rank += len(run)
+    yield from _gather(rest, rank - len(rest), chunk, chunks_per_segment, device)
+
+
+def _regular_runs(sequences: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Neighbours of equal length at equal distances upwards, at most `most` of them."""
+    run: list[tuple[int, int]] = []
+    for start, length in sequences:
+        fits = len(run) < most and run and length == run[0][1] and start >= run[-1][0]
+        if fits and len(run) > 1:
+            fits = start - run[-1][0] == run[1][0] - run[0][0]
+        if run and not fits:
+            yield run
+            run = []
+        run.append((start, length))
+    if run:
+        yield run
+
+
+def _gather(
+    sequences: list[tuple[int, int]],
+    rank: int,
     chunk: int,
     chunks_per_segment: int,
     device: torch.device,
 ) -> Iterator[Segment]:
-    """Segments of a group of (start, length) that is sorted by falling length."""
-    steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of every chunk of every step
-    for offset in range(0, group[0][1], chunk):
-        step = [(start + offset, min(chunk, length - offset)) for start, length in group]
-        step = [run for run in step if run[1] > 0]
-        too_many = sum(map(len, steps)) + len(step) > chunks_per_segment
-        # A step with short chunks or fewer sequences is best left out of a lattice.
-        irregular = steps and (len(step) < len(steps[0]) or step[-1][1] < chunk)
-        if steps and (too_many or (irregular and _lattice(steps, chunk))):
-            yield _build_segment(steps, first_rank, chunk, device)
-            steps = []
-        steps.append(step)
-    if steps:
-        yield _build_segment(steps, first_rank, chunk, device)
+    """Segments of short sequences; `rank` is that of the first."""
+    for first in range(0, len(sequences), chunks_per_segment):
+        group = sequences[first : first + chunks_per_segment]
+        steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of each step's chunks
+        for offset in range(0, max(length for _, length in group), chunk):
+            step = [(start + offset, min(chunk, length - offset)) for start, length in group]
+            while step[-1][1] <= 0:
+                step.pop()
+            if steps and sum(map(len, steps)) + len(step) > chunks_per_segment:
+                yield _gathered_segment(steps, rank + first, chunk, device)
+                steps = []
+            steps.append(step)
+        if steps:
+            yield _gathered_segment(steps, rank + first, chunk, device)
 
 
-def _build_segment(
-    steps: list[list[tuple[int, int]]], first_rank: int, chunk: int, device: torch.device
+def _gathered_segment(
+    steps: list[list[tuple[int, int]]], rank: int, chunk: int, device: torch.device
 ) -> Segment:
-    sequences = slice(first_rank, first_rank + len(steps[0]))
     firsts = accumulate((len(step) for step in steps), initial=0)
-    counts = [(first, len(step)) for first, step in zip(firsts, steps, strict=False)]
-    place: Lattice | Scattered | None = _lattice(steps, chunk)
-    if place is None:
-        runs = torch.tensor([run for step in steps for run in step], device=device)
-        first, size = runs.unsqueeze(-1).unbind(1)
-        row = torch.arange(chunk, device=device)
-        taken = row < size
-        place = Scattered((first + row)[taken], taken.flatten().nonzero().squeeze(1))
-    return Segment(sequences, counts, chunk, place)
-
-
-def _lattice(steps: list[list[tuple[int, int]]], chunk: int) -> Lattice | None:
-    """The chunks as a lattice, if they are full, and of sequences at equal distances upwards."""
-    starts = [start for start, _ in steps[0]]
-    strides = {b - a for a, b in pairwise(starts)} or {0}
-    full = all(size == chunk for _, size in steps[-1]) and len(steps[-1]) == len(steps[0])
-    if not full or len(strides) > 1 or min(strides) < 0:
-        return None
-    return Lattice(starts[0], strides.pop(), len(steps), len(starts))
+    counts = tuple((first, len(step)) for first, step in zip(firsts, steps, strict=False))
+    runs = torch.tensor([run for step in steps for run in step], device=device)
+    first, size = runs.unsqueeze(-1).unbind(1)
+    row = torch.arange(chunk, device=device)
+    taken = row < size
+    tokens = (first + row).where(taken, 0).flatten()
+    place = Scattered(tokens, *(x.flatten().nonzero().squeeze(1) for x in (taken, ~taken)))
+    return Segment(slice(rank, rank + len(steps[0])), counts, chunk, place)

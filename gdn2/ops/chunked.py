@@ -9,25 +9,29 @@ and backwards, from dO and dS_C, without forming the gradient of the inverse,
     dR = A_qk^T dO + k~ dS_C      dZ = (I + T)^-T dR      dS_0 = D dS_C + Q^T dO - E^T dZ
     dT = -tril(dZ R^T, -1)        dA_qk = tril(dO R^T)    dE = -dZ S_0^T    dQ = dO S_0^T    ...
 
-E and Q are two kinds of row that lie alternately, so that one product serves both.
+E and Q are two kinds of row that lie one after the other, so that one product serves both.
 
 Kept for the backward: the inputs and one state a segment; the rest is computed again. Sums and
 states are float32, or float64 for float64 inputs.
 
 Axes: n chunks of a segment, C tokens a chunk, H key heads, HV value heads, P heads that the
 products run over (H, with the values of HV / H heads side by side; HV where a key-side gate has HV
-heads), M = n P, Y kinds of row (erase, query), K key channels, V value channels, W = V HV / P.
+heads), G = P / H, M = n P, Y kinds of row (erase, query), K key channels, V value channels,
+W = V HV / P. Buffers that enter products have M first, those of the key side the tokens (see
+`decayed_scores`, which also chooses the order of tokens there and along the rows of products).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Schedule, Segment, Workspace, build_schedule
+from gdn2.ops.chunk_schedule import Schedule, Segment, TokenOrder, Workspace, build_schedule
 from gdn2.ops.contract import Operands, check_first_order, no_autocast, state_dtype
-from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay
-from gdn2.ops.triangular import invert_unit_lower
+from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay, smallest_factor
 
 CHUNK = 32
 _SEGMENT_ELEMENTS = 2**18  # of one [M, C, K or W] workspace: about a megabyte, to stay in cache
@@ -50,13 +54,15 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         inputs = layout.flat(Operands(q, k, v, log_decay, erase, write))
         out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
         S = layout.state_in(state, schedule, q.device)
-        empty = Workspace(layout.dtype, q.device)
         starts = []
+        chunks_of = _chunks_by_shape(layout, inputs, scale, keep=False)
         for segment in schedule.segments:
             if keep:
                 starts.append(S[segment.sequences].clone())
-            chunks = _Chunks(segment, layout, inputs, scale, empty, keep=False)
-            segment.store(chunks.scan(S[segment.sequences]), layout.values(out))
+            chunks = chunks_of(segment)
+            chunks.load(segment, inputs)
+            chunks.scan(S[segment.sequences])
+            chunks.store(segment, layout.values(out))
         if keep:
             ctx.save_for_backward(q, k, v, log_decay, erase, write, *starts)
             ctx.layout, ctx.schedule, ctx.scale = layout, schedule, scale
@@ -73,12 +79,14 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         dinputs = layout.flat(grads)
         dout = layout.values(dout)
         dS = layout.state_in(dstate, schedule, dout.device)
-        empty = Workspace(layout.dtype, dout.device)
+        chunks_of = _chunks_by_shape(layout, inputs, ctx.scale, keep=True)
         with no_autocast(dout):
             for segment, S in zip(reversed(schedule.segments), reversed(starts), strict=True):
-                chunks = _Chunks(segment, layout, inputs, ctx.scale, empty, keep=True)
-                chunks.scan(S.clone())
-                chunks.backward(dout, dS[segment.sequences], dinputs)
+                chunks = chunks_of(segment)
+                S = S.clone()
+                chunks.load(segment, inputs)
+                chunks.scan(S)
+                chunks.backward(segment, inputs, dout, S, dS[segment.sequences], dinputs)
         dstate = layout.state_out(dS, schedule) if ctx.needs_input_grad[6] else None
         return *grads, dstate, None, None, None
 
@@ -114,28 +122,29 @@ class _Layout:
         )
 
     def flat(self, x: Operands) -> Operands:
-        """The same memory as [tokens, heads, channels], gates of a head as one channel.
+        """The same memory as [tokens, heads, heads that share, channels], absent axes of size 1.
 
-        Values and their gates lie on P heads: the value heads of a key head side by side.
+        Key side [tokens, H, G or 1, K or 1], value side [tokens, P, HV / P, V or 1].
         """
 
         def gate(x: Tensor | None) -> Tensor | None:
-            return None if x is None else (x.unsqueeze(-1) if x.ndim == 3 else x).flatten(0, 1)
+            return None if x is None else x.unsqueeze(-1) if x.ndim == 3 else x
+
+        def key_side(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten(0, 1).unflatten(1, (self.H, -1))
 
         write = gate(x.write)
-        if write is not None:
-            write = write.reshape(-1, self.P, self.HV // self.P * write.shape[-1])
         return Operands(
-            x.q.flatten(0, 1),
-            x.k.flatten(0, 1),
+            x.q.flatten(0, 1).unsqueeze(2),
+            x.k.flatten(0, 1).unsqueeze(2),
             self.values(x.v),
-            gate(x.log_decay),
-            gate(x.erase),
-            write,
+            key_side(gate(x.log_decay)),
+            key_side(gate(x.erase)),
+            None if write is None else self.values(write),
         )
 
     def values(self, v: Tensor) -> Tensor:
-        return v.flatten(0, 1).reshape(-1, self.P, self.W)
+        return v.flatten(0, 1).unflatten(1, (self.P, -1))
 
     def state_in(self, state: Tensor | None, schedule: Schedule, device: torch.device) -> Tensor:
         """States [N, HV, K, V] as a new [N, P, K, W] in the schedule's order; None is zeros."""
@@ -150,8 +159,27 @@ class _Layout:
         return S.reshape(-1, self.HV, self.K, self.V).contiguous()
 
 
+class _Step(NamedTuple):
+    """Views of one step of the scan: the chunks `now` of M, those of the first `sequences`."""
+
+    sequences: int
+    now: slice
+    rows: Tensor
+    tails: Tensor
+    total: Tensor | None
+    inverse: Tensor | None
+    z: Tensor
+    read: Tensor
+    read_by_erase: Tensor
+    X: Tensor
+    R: Tensor
+
+
 class _Chunks:
-    """One segment's chunks with the gates folded in; `scan` runs over them, `backward` back."""
+    """The chunks of segments of one shape, with their buffers and views.
+
+    `load` folds the gates in, `scan` runs over the chunks; then follow `store`, or `backward`.
+    """
 
     def __init__(
         self,
@@ -163,148 +191,199 @@ class _Chunks:
         *,
         keep: bool,
     ):
-        self.segment, self.layout, self.inputs = segment, layout, inputs
-        self.scale, self.empty, self.keep = scale, empty, keep
-        # [n, H, G, C, ...]: the heads of the products by key head
-        self.heads = (segment.num_chunks, layout.H, layout.P // layout.H, segment.chunk)
-        k = self._load_shared(inputs.k, empty("k", *self.heads, layout.K))
-        rows = empty("rows", *self.heads, 1 if inputs.erase is None else 2, layout.K)
-        self._load_shared(inputs.q, rows[..., -1, :])
-        if inputs.erase is not None:
-            self.erase = self._load("erase", inputs.erase).unflatten(1, (layout.H, -1))
-            torch.mul(k, self.erase, out=rows[..., 0, :])  # Eq. 8
-        self.decay = self._build_decay(rows.flatten(0, 2), k.flatten(0, 2))
-        if inputs.erase is not None:
-            self.inverse = invert_unit_lower(self.decay.scores[:, :, 0])
-        self.v = self._load("v", inputs.v).flatten(0, 1)  # [M, C, W]
-        self.z = self.v
-        if inputs.write is not None:
-            write = self._load("write", inputs.write).flatten(0, 1)
-            self.write = write.unflatten(-1, (layout.HV // layout.P, -1))
-            self.z = self._written(self.v)
-
-    def _build_decay(self, rows: Tensor, k: Tensor) -> NoDecay | HeadDecay | ChannelDecay:
-        x = self.inputs.log_decay
-        if x is None:
-            return NoDecay(rows, k, self.empty)
-        log_decay = self._load_shared(x, self.empty("decay", *self.heads, x.shape[2]))
-        kind = HeadDecay if x.shape[2] == 1 else ChannelDecay
-        return kind(rows, k, log_decay.flatten(0, 2), self.empty, keep=self.keep)
-
-    def scan(self, S: Tensor) -> Tensor:
-        """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place.
-
-        Returns:
-            the outputs, [n, P, C, W].
-        """
-        d, P, empty = self.decay, self.layout.P, self.empty
-        has_erase = self.inputs.erase is not None
-        M, C, W = self.z.shape
-        read = empty("read", *d.rows.shape[:3], W)  # rows S_0, [M, C, Y, W]
-        self.R = empty("R", M, C, W) if has_erase else self.z
-        if self.keep:
-            self.states = empty("states", M, W, S.shape[2])  # S_0^T of each chunk
-        for first, count in self.segment.steps:
+        self.layout, self.scale, self.empty, self.keep = layout, scale, empty, keep
+        self.grid, self.has_erase = segment.grid, inputs.erase is not None
+        C, P, K, W = segment.chunk, layout.P, layout.K, layout.W
+        M, Y = segment.num_chunks * P, 2 if self.has_erase else 1
+        kind = _decay_class(inputs.log_decay)
+        self.decay = d = kind(Y, C, M, K, empty, keep=keep)
+        self.order = TokenOrder(C, bits_reversed=kind.bits_reversed)
+        z = empty("z", C, M, W)
+        self.R = empty("R", M, C, W) if self.has_erase else z.transpose(0, 1)
+        self.read = empty("read", M, Y * C, W)  # what the rows read of the state
+        self.out = empty("out", M, C, W)
+        # As tokens lie in the inputs:
+        self.lowest = math.log(smallest_factor(empty.dtype))  # of log-decays: exp() is slow below
+        self.k, self.q = self._key_side(d.raw_k), self._key_side(d.raw_rows[-1])
+        self.e = self._key_side(d.raw_rows[0])
+        self.log_decay = self._key_side(d.log_decay)
+        self.z = self._value_side(z)
+        self.inside = self._value_side(self.out.transpose(0, 1))
+        self.before = self._value_side(self.read[:, -C:].transpose(0, 1))
+        if keep:
+            self.states = empty("states", M, K, W)
+            self.dread = empty("dread", M, Y * C, W)
+            self.dR = empty("dR", M, C, W)
+            self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
+            self.dtails = empty("dtails", M, C, K)
+            times = self.order.times(C).to(empty.device)
+            self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
+        self.steps = []
+        for first, count in segment.steps:
             now = slice(first * P, (first + count) * P)
-            state = S[:count].flatten(0, 1)
+            self.steps.append(
+                _Step(
+                    sequences=count,
+                    now=now,
+                    rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
+                    tails=d.tails.transpose(0, 1)[now],
+                    total=None if d.total is None else d.total[now].unsqueeze(-1),
+                    inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
+                    z=z.transpose(0, 1)[now],
+                    read=self.read[now],
+                    read_by_erase=self.read[now, :C],
+                    X=empty("X", count * P, C, W),
+                    R=self.R[now],
+                )
+            )
+
+    def load(self, segment: Segment, inputs: Operands) -> None:
+        """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
+        self.k.copy_(segment.read(inputs.k, self.order))
+        torch.mul(self._read(segment, inputs.q).expand_as(self.q), self.scale, out=self.q)
+        if inputs.erase is not None:
+            torch.mul(self.k, self._read(segment, inputs.erase), out=self.e)  # Eq. 8
+        if inputs.log_decay is not None:
+            log_decay = self._read(segment, inputs.log_decay).expand_as(self.log_decay)
+            torch.clamp(log_decay, min=self.lowest, out=self.log_decay)
+        self.decay.forward()
+        if inputs.write is None:
+            self.z.copy_(segment.read(inputs.v, self.order))
+        else:
+            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
+            torch.mul(v, write, out=self.z)
+
+    def scan(self, S: Tensor) -> None:
+        """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
+        for step in self.steps:
+            state = S[: step.sequences].flatten(0, 1)
             if self.keep:
-                self.states[now] = state.mT
-            torch.bmm(d.rows[now].flatten(1, 2), state, out=read[now].flatten(1, 2))
-            if has_erase:
-                X = torch.sub(self.z[now], read[now, :, 0], out=empty("X", count * P, C, W))
-                torch.bmm(self.inverse[now], X, out=self.R[now])
-            if d.total is not None:
-                state.mul_(d.total[now].unsqueeze(-1))
-            state.baddbmm_(d.tails[now].mT, self.R[now])
-        out = torch.bmm(d.scores[:, :, -1], self.R, out=empty("out", M, C, W))
-        return out.add_(read[:, :, -1]).mul_(self.scale).view(-1, P, C, W)
+                self.states[step.now] = state
+            torch.bmm(step.rows, state, out=step.read)
+            if step.inverse is not None:
+                torch.sub(step.z, step.read_by_erase, out=step.X)
+                torch.bmm(step.inverse, step.X, out=step.R)
+            if step.total is not None:
+                state.mul_(step.total)
+            state.baddbmm_(step.tails.mT, step.R)
 
-    def backward(self, dout: Tensor, dS: Tensor, grads: Operands) -> None:
-        """After `scan`: from dout [tokens, P, W] and dS, taken back in place, to `grads`."""
-        d, P, empty = self.decay, self.layout.P, self.empty
-        has_erase = self.inputs.erase is not None
-        M, C, kinds, K = d.rows.shape
-        W = self.layout.W
-        dO = self._load("out", dout).flatten(0, 1).mul_(self.scale)
-        # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
-        dread = empty("dread", M, C, kinds, W)
-        dread[:, :, -1] = dO
-        dR = torch.bmm(d.scores[:, :, -1].mT, dO, out=empty("dR", M, C, W))
-        dz = empty("dz", M, C, W) if has_erase else dR
-        dstates = empty("dstates", *self.states.shape)  # dS_C^T of each chunk
-        for first, count in reversed(self.segment.steps):
-            now = slice(first * P, (first + count) * P)
-            dstate = dS[:count].flatten(0, 1)
-            dstates[now] = dstate.mT
-            dR[now].baddbmm_(d.tails[now], dstate)
-            if has_erase:
-                torch.bmm(self.inverse[now].mT, dR[now], out=dz[now])
-                torch.neg(dz[now], out=dread[now, :, 0])
-            if d.total is not None:
-                dstate.mul_(d.total[now].unsqueeze(-1))
-            dstate.baddbmm_(d.rows[now].flatten(1, 2).mT, dread[now].flatten(1, 2))
-        flat = dread.flatten(1, 2)
-        drows = torch.bmm(flat, self.states, out=empty("drows", M, C * kinds, K))
-        dscores = torch.bmm(flat, self.R.mT, out=empty("dscores", M, C * kinds, C))
-        dtails = torch.bmm(self.R, dstates, out=empty("dtails", M, C, K))
-        drows, dk, dlog_decay = d.backward(
-            drows.view(M, C, kinds, K),
-            dtails,
-            dscores.view(M, C, kinds, C),
-            self.states,
-            dstates,
-        )
-        self._store_key_side(drows, dk, dlog_decay, grads)
-        self._store_value_side(dz, grads)
+    def store(self, segment: Segment, out: Tensor) -> None:
+        """After `scan`: the outputs, to out [tokens, P, HV / P, V]."""
+        torch.bmm(self.decay.query_scores, self.R, out=self.out)
+        segment.write(out, self.order, lambda to: torch.add(self.inside, self.before, out=to))
 
-    def _store_key_side(
-        self, drows: Tensor, dk: Tensor, dlog_decay: Tensor | None, grads: Operands
+    def backward(
+        self,
+        segment: Segment,
+        inputs: Operands,
+        dout: Tensor,
+        S: Tensor,
+        dS: Tensor,
+        grads: Operands,
     ) -> None:
-        """Unfold the erase gate (Eq. 8); add over heads and channels that share an input."""
-        drows, dk = drows.view(*self.heads, *drows.shape[2:]), dk.view(*self.heads, -1)
-        if grads.erase is not None:
-            de = drows[..., 0, :]
-            dk.addcmul_(de, self.erase)
-            self._store_shared(de.mul_(self.decay.raw_k.view_as(dk)), grads.erase)
-        self._store_shared(drows[..., -1, :], grads.q)
-        self._store_shared(dk, grads.k)
-        if grads.log_decay is not None and dlog_decay is not None:
-            self._store_shared(dlog_decay.view(*self.heads, -1), grads.log_decay)
+        """After `scan`: from dout [tokens, P, HV / P, V] and dS to `grads`.
 
-    def _store_value_side(self, dz: Tensor, grads: Operands) -> None:
-        n, P, C = self.segment.num_chunks, self.layout.P, self.segment.chunk
-        dv = dz
-        if grads.write is not None:
-            dv = self._written(dz)
-            dwrite = dz.mul_(self.v).view(*self.write.shape[:3], self.layout.V)
-            if self.write.shape[-1] == 1:
-                dwrite = dwrite.sum(-1)
-            self.segment.store(dwrite.view(n, P, C, -1), grads.write)
-        self.segment.store(dv.view(n, P, C, -1), grads.v)
+        S and dS come as those after the segment's last token; dS is taken back in place.
+        """
+        d, C = self.decay, segment.chunk
+        # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
+        dO = self.dread[:, -C:]
+        self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
+        torch.bmm(d.query_scores.mT, dO, out=self.dR)
+        dG_after = (S * dS).sum(-1)  # Eq. B7
+        for step in reversed(self.steps):
+            dstate, dR = dS[: step.sequences].flatten(0, 1), self.dR[step.now]
+            torch.bmm(step.R, dstate.mT, out=self.dtails[step.now])
+            dR.baddbmm_(step.tails, dstate)
+            if step.inverse is not None:
+                dz = torch.bmm(step.inverse.mT, dR, out=self.dz[step.now])
+                torch.neg(dz, out=self.dread[step.now, :C])
+            if step.total is not None:
+                dstate.mul_(step.total)
+            dstate.baddbmm_(step.rows.mT, self.dread[step.now])
+        M, rows, W = self.dread.shape
+        columns = self.empty("columns", M, W, C).copy_(self.R.mT)
+        torch.bmm(self.dread, columns, out=d.dscores)
+        drows = self.empty("product", M, rows, self.layout.K)
+        torch.bmm(self.dread, self.states.mT, out=drows)
+        d.drows.flatten(0, 1).copy_(drows.transpose(0, 1))
+        d.dk.copy_(self.dtails.transpose(0, 1))
+        dG = d.backward()
+        if dG is not None and grads.log_decay is not None:
+            dlog_decay = self._sum_over_later(dG, dG_after)
+            self._write(segment, self._key_side(dlog_decay), grads.log_decay)
+        self._store_key_side(segment, inputs, grads)
+        self._store_value_side(segment, inputs, grads)
 
-    def _load(self, name: str, x: Tensor) -> Tensor:
-        """[tokens, heads, channels] as chunks [n, heads, C, channels]."""
-        shape = (self.segment.num_chunks, x.shape[1], self.segment.chunk, x.shape[2])
-        return self.segment.load(x, self.empty(name, *shape))
+    def _sum_over_later(self, dG: Tensor, after: Tensor) -> Tensor:
+        """Sum dG [C, M, K or 1] over later tokens; `after` [sequences, P, K]: of what follows."""
+        C, M, D = dG.shape
+        total = self.empty("decay gradient", C, M, D)
+        torch.mm(self.from_now_on, dG.flatten(1), out=total.flatten(1))
+        if D == 1:
+            after = after.sum(-1, keepdim=True)
+        for step in reversed(self.steps):
+            now, follows = total[:, step.now], after[: step.sequences].flatten(0, 1)
+            now += follows
+            follows.copy_(now[0])  # the first token has the sum of all
+        return total
 
-    def _load_shared(self, x: Tensor, chunks: Tensor) -> Tensor:
-        """[tokens, H or P, D] into [n, H, G, C, D], the same for all that share a head."""
-        if x.shape[1] == self.layout.P:
-            self.segment.load(x, chunks.flatten(1, 2))
-            return chunks
-        return chunks.copy_(self._load("shared", x).unsqueeze(2))
+    def _store_key_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
+        d = self.decay
+        if inputs.erase is not None and grads.erase is not None:  # unfold the gate (Eq. 8)
+            de, dk = self._key_side(d.drows[0]), self._key_side(d.dk)
+            dk.addcmul_(de, self._read(segment, inputs.erase))
+            self._write(segment, de.mul_(self.k), grads.erase)
+        self._write(segment, self._key_side(d.drows[-1]).mul_(self.scale), grads.q)
+        self._write(segment, self._key_side(d.dk), grads.k)
 
-    def _store_shared(self, grad: Tensor, total: Tensor) -> None:
-        """[n, H, G, C, K or 1] to [tokens, H or HV, K or 1]."""
-        if total.shape[1] == self.layout.H:
-            grad = grad.sum(2, keepdim=True) if grad.shape[2] > 1 else grad
-        if total.shape[2] < grad.shape[-1]:
-            grad = grad.sum(-1, keepdim=True)
-        self.segment.store(grad.flatten(1, 2), total)
+    def _store_value_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
+        dv = dz = self._value_side(self.dz.transpose(0, 1))
+        if inputs.write is not None and grads.write is not None:
+            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
+            self._write(segment, torch.mul(dz, v, out=self.z), grads.write)
+            dv = dz.mul_(write)
+        self._write(segment, dv, grads.v)
 
-    def _written(self, v: Tensor) -> Tensor:
-        """Values [M, C, W] times their gate [M, C, value heads, 1 or V]."""
-        by_head = v.view(*self.write.shape[:3], self.layout.V)
-        z = self.empty("z", *v.shape)
-        torch.mul(by_head, self.write, out=z.view(by_head.shape))
-        return z
+    def _read(self, segment: Segment, x: Tensor) -> Tensor:
+        """x [tokens, ...] as [*order, *grid, ...], in the workspace's dtype."""
+        return segment.read(x, self.order).to(self.empty.dtype)
+
+    def _write(self, segment: Segment, x: Tensor, to: Tensor) -> None:
+        """x [*order, *grid, ...] to [tokens, ...], summed over those last axes that `to` lacks."""
+        for dim in (-2, -1):
+            if to.shape[dim] < x.shape[dim]:
+                x = x.sum(dim, keepdim=True)
+        segment.write(to, self.order, lambda part: part.copy_(x))
+
+    def _key_side(self, x: Tensor) -> Tensor:
+        """View a buffer [C, M, D] as [*order, *grid, H, G, D]."""
+        return self._as_tokens(x, self.layout.H, self.layout.P // self.layout.H)
+
+    def _value_side(self, x: Tensor) -> Tensor:
+        """View a buffer [C, M, W] as [*order, *grid, P, HV / P, V]."""
+        return self._as_tokens(x, self.layout.P).unflatten(-1, (-1, self.layout.V))
+
+    def _as_tokens(self, x: Tensor, *heads: int) -> Tensor:
+        return x.unflatten(1, (*self.grid, *heads)).unflatten(0, self.order.sizes)
+
+
+def _chunks_by_shape(
+    layout: _Layout, inputs: Operands, scale: float, *, keep: bool
+) -> Callable[[Segment], _Chunks]:
+    """Return a function that finds the `_Chunks` for a segment: the same for all of one shape."""
+    empty, made = Workspace(layout.dtype, inputs.q.device), {}
+
+    def find(segment: Segment) -> _Chunks:
+        shape = segment.grid, segment.steps
+        if shape not in made:
+            made[shape] = _Chunks(segment, layout, inputs, scale, empty, keep=keep)
+        return made[shape]
+
+    return find
+
+
+def _decay_class(log_decay: Tensor | None) -> type[NoDecay] | type[ChannelDecay]:
+    if log_decay is None:
+        return NoDecay
+    return HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay

@@ -2,87 +2,143 @@
 
 Within a chunk, row r meets column s with everything decayed from s to r (Eqs. 20, 21):
 
-    scores[r, y, s] = sum_d rows[r, y, d] k[s, d] exp(G[r, d] - G[s, d])     G: cumulative log-decay
+    scores[r, s] = sum_d rows[r, d] k[s, d] exp(G[r, d] - G[s, d])     G: cumulative log-decay
 
-where y runs over the kinds of row: the erase row (strictly lower triangular), if there is one, and
-last the query row (lower triangular). Each class below also decays the rows from the start of the
-chunk and k to its end, as the scan over chunks wants them; `rows` and `k` are overwritten by that.
-`backward` differentiates all of it: from the gradients of rows, tails and scores, which it may
-overwrite, and from each chunk's incoming state S and the gradient dS of its outgoing one (both
-transposed, [M, W, K]), to the gradients of the raw rows, k and log-decay.
+for the erase rows, if there are any (strictly lower triangular), and for the query rows (lower
+triangular). Each class below also decays the rows from the start of the chunk and k to its end, as
+the scan over chunks wants them, and differentiates all of it.
 
-Every exponent is <= 0, and no difference of long cumulative sums is formed.
+An instance serves all segments of one shape: its buffers and views are made once. The caller fills
 
-Axes: M chunks times heads, C tokens a chunk, Y kinds of row (1 or 2), K key channels.
+    raw_rows, raw_k, log_decay        then `forward` makes the scores, rows, tails, total
+    drows, dk, dscores                then `backward` turns drows, dk into those of the raw ones
+
+where `drows`, `dk` come as gradients of `rows` and `tails`. Every exponent is <= 0, and no
+difference of long cumulative sums is formed.
+
+Axes: M chunks times heads, C tokens a chunk, Y kinds of row (erase, query), K key channels. Buffers
+of the key side have the tokens of a chunk first, so that an operation runs over M K consecutive
+numbers. Everywhere the tokens lie in time, or by reversed bits (see `TokenOrder`).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Workspace
+from gdn2.ops.triangular import BlockInverse, split_strictly_lower
 
-# exp() of anything lower is denormal or zero in float32, and slow; the factor changes by 2e-38.
-_LOWEST = -87.0
+
+def smallest_factor(dtype: torch.dtype) -> float:
+    """A product of decays below this is taken for zero.
+
+    Denormal numbers are up to a hundred times slower, in products above all. The margin keeps their
+    products with keys and states out of that range too.
+    """
+    return 1e-300 if dtype == torch.float64 else 1e-30
 
 
 class NoDecay:
-    """No decay: plain masked scores."""
+    """No decay: plain masked scores.
 
-    total = None
+    Attributes:
+        raw_rows, rows: ``[Y, C, M, K]``, as given, and decayed from the chunk's start.
+        raw_k, tails: ``[C, M, K]``, as given, and decayed to the chunk's end.
+        total: ``[M, K or 1]``, the decay over a whole chunk; None without decay.
+        query_scores: ``[M, C, C]``.
+        block_inverse: that of the erase scores, where there are erase rows.
+        drows, dk, dscores: gradients, as rows, raw_k, and ``[M, Y C, C]``.
+    """
 
-    def __init__(self, rows: Tensor, k: Tensor, empty: Workspace):
-        self.rows, self.tails, self.raw_k, self.empty = rows, k, k, empty
-        self.scores = _masked_product(rows, k, empty)
+    bits_reversed = False
+    total: Tensor | None = None
 
-    def backward(
-        self, drows: Tensor, dtails: Tensor, dscores: Tensor, _S: Tensor, _dS: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        _mask_(dscores)
-        _add_product(drows.flatten(1, 2), dscores.flatten(1, 2), self.tails, self.empty)
-        _add_product(dtails, dscores.flatten(1, 2).mT, self.rows.flatten(1, 2), self.empty)
-        return drows, dtails, None
-
-
-class HeadDecay:
-    """One log-decay [M, C, 1] a head: the decay between two tokens is one C x C matrix."""
-
-    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor, empty: Workspace, *, keep: bool):
-        C = k.shape[1]
+    def __init__(self, Y: int, C: int, M: int, K: int, empty: Workspace, *, keep: bool):
         self.empty = empty
-        below = torch.ones(C, C, dtype=torch.bool, device=k.device).tril(-1)
-        decay = log_decay.clamp_(min=_LOWEST).exp_()
+        self.raw_rows = self.rows = empty("raw rows", Y, C, M, K)
+        self.raw_k = self.tails = empty("raw k", C, M, K)
+        self.log_decay = empty("decay", C, M, 0)
+        self.scores = empty("scores", M, Y * C, C)
+        self.query_scores = self.scores[:, -C:]
+        self.block_inverse = BlockInverse(M, C, empty) if Y == 2 else None
+        if keep:
+            self.drows, self.dk, self.dscores = _gradients(Y, C, M, K, empty)
+
+    def forward(self) -> None:
+        self._meet()
+        self._invert()
+
+    def _meet(self) -> None:
+        k = self.raw_k.permute(1, 2, 0)
+        columns = self.empty("columns", *k.shape).copy_(k)
+        torch.bmm(_by_chunk(self.raw_rows), columns, out=self.scores)
+        _mask_(self.scores)
+
+    def _invert(self) -> None:
+        if self.block_inverse is not None:
+            erase_scores = self.scores[:, : self.scores.shape[2]]
+            split_strictly_lower(erase_scores, self.block_inverse.parts)
+            self.block_inverse.compute()
+
+    def backward(self) -> Tensor | None:
+        """Returns the gradient of G, ``[C, M, K or 1]``, in this class's order."""
+        _mask_(self.dscores)
+        self._add_score_gradients()
+        return None
+
+    def _add_score_gradients(self) -> None:
+        M, rows, C = self.dscores.shape
+        K = self.dk.shape[-1]
+        product = self.empty("product", M, rows, K)
+        torch.bmm(self.dscores, self.raw_k.transpose(0, 1), out=product)
+        self.drows.flatten(0, 1).add_(product.transpose(0, 1))
+        product = self.empty("product", M, C, K)
+        torch.bmm(self.dscores.mT, _by_chunk(self.raw_rows), out=product)
+        self.dk.add_(product.transpose(0, 1))
+
+
+class HeadDecay(NoDecay):
+    """One log-decay ``[C, M, 1]`` a head: the decay between two tokens is one C x C matrix."""
+
+    def __init__(self, Y: int, C: int, M: int, K: int, empty: Workspace, *, keep: bool):
+        super().__init__(Y, C, M, K, empty, keep=keep)
+        self.log_decay = empty("decay", C, M, 1)
+        self.rows = empty("rows", Y, C, M, K)
+        self.tails = empty("tails", C, M, K)
+        self.prefix = empty("prefix", C, M, 1)
+        self.total = self.prefix[-1]
+        self.below = torch.ones(C, C, dtype=torch.bool, device=empty.device).tril(-1)
+
+    def forward(self) -> None:
+        self._meet()
+        M, _, C = self.scores.shape
+        decay, tiny = self.log_decay.exp(), smallest_factor(self.log_decay.dtype)
         # between[r, s] = product of decay over s < i <= r: exact to a few rounding errors however
         # strong the decay, which the exponential of a sum is not.
-        self.between = decay.where(below, 1.0).cumprod(1).tril_()
-        self.prefix = decay.cumprod(1)  # [M, C, 1]
-        self.scores = _masked_product(rows, k, empty).mul_(self.between.unsqueeze(2))
-        if keep:
-            self.raw_rows = empty("raw_rows", *rows.shape).copy_(rows)
-            self.raw_k = empty("raw_k", *k.shape).copy_(k)
-        self.rows = rows.mul_(self.prefix.unsqueeze(-1))
-        self.tails = k.mul_(self.between[:, -1].unsqueeze(-1))
-        self.total = self.prefix[:, -1]  # [M, 1]
+        between = decay.transpose(0, 1).where(self.below, 1.0).cumprod(1).tril_()  # [M, C, C]
+        self.between = F.threshold(between, tiny, 0.0, inplace=True)
+        F.threshold(torch.cumprod(decay, 0, out=self.prefix), tiny, 0.0, inplace=True)
+        self.to_end = self.between[:, -1].t().unsqueeze(-1)  # [C, M, 1]
+        self.scores.view(M, -1, C, C).mul_(self.between.unsqueeze(1))
+        torch.mul(self.raw_rows, self.prefix, out=self.rows)
+        torch.mul(self.raw_k, self.to_end, out=self.tails)
+        self._invert()
 
-    def backward(
-        self, drows: Tensor, dtails: Tensor, dscores: Tensor, S: Tensor, dS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _mask_(dscores)
-        meetings = (self.scores * dscores).sum(2)  # [M, C, C]
-        meetings.diagonal(dim1=1, dim2=2).zero_()  # a token meets itself undecayed
-        at_end = _dot(self.tails, dtails, self.empty)
-        dG = meetings.sum(2) - meetings.sum(1) - at_end
-        dG += _dot(self.rows, drows, self.empty).sum(2)
-        dG[:, -1] += at_end.sum(1) + (self.total * _column_dot(dS, S, self.empty)).sum(1)
-        dscores.mul_(self.between.unsqueeze(2))
-        drows.mul_(self.prefix.unsqueeze(-1))
-        dtails.mul_(self.between[:, -1].unsqueeze(-1))
-        _add_product(drows.flatten(1, 2), dscores.flatten(1, 2), self.raw_k, self.empty)
-        _add_product(dtails, dscores.flatten(1, 2).mT, self.raw_rows.flatten(1, 2), self.empty)
-        return drows, dtails, _reverse_cumsum(dG.unsqueeze(-1))
+    def backward(self) -> Tensor:
+        M, _, C = self.dscores.shape
+        _mask_(self.dscores)
+        self.dscores.view(M, -1, C, C).mul_(self.between.unsqueeze(1))
+        self.drows.mul_(self.prefix)
+        self.dk.mul_(self.to_end)
+        diagonal = self.dscores[:, -C:].diagonal(dim1=1, dim2=2)
+        itself = diagonal.t().unsqueeze(-1).clone()
+        diagonal.zero_()
+        self._add_score_gradients()
+        return _decay_gradient(self, itself).sum(-1, keepdim=True)
 
 
 class ChannelDecay:
-    """One log-decay [M, C, K] a key channel: blocks are merged pairwise, from single tokens up.
+    """One log-decay ``[C, M, K]`` a key channel: blocks are merged pairwise, from single tokens up.
 
     A block of h tokens holds its rows decayed from its start and its columns decayed to its end.
     Where a lower block L meets an upper one U their product needs no further decay:
@@ -92,125 +148,168 @@ class ChannelDecay:
 
     All factors are products of exp(log_decay) <= 1: one exponential per token and channel. After
     the last merge, rows are decayed from the start of the whole chunk, columns to its end.
+    Attributes as in `NoDecay`.
     """
 
-    def __init__(self, rows: Tensor, k: Tensor, log_decay: Tensor, empty: Workspace, *, keep: bool):
-        M, C, Y, K = rows.shape
-        self.empty = empty
-        self.decay = log_decay.clamp_(min=_LOWEST).exp_()
-        self.scores = empty("scores", M, C, Y, C).zero_()
-        itself = _dot(rows[:, :, -1], k, empty)
-        self.scores[:, :, -1].diagonal(dim1=1, dim2=2).copy_(itself)
+    bits_reversed = True
+
+    def __init__(self, Y: int, C: int, M: int, K: int, empty: Workspace, *, keep: bool):
+        self.empty, self.keep = empty, keep
+        self.raw_rows = self.rows = empty("raw rows", Y, C, M, K)
+        self.raw_k = self.tails = empty("raw k", C, M, K)
         if keep:
-            self.raw_rows = empty("raw_rows", *rows.shape).copy_(rows)
-            self.raw_k = empty("raw_k", *k.shape).copy_(k)
-        self.rows, self.tails = rows.mul_(self.decay.unsqueeze(2)), k
-        self.merges: list[tuple[Tensor, Tensor, Tensor]] = []
-        total = self.decay
-        h = 1
-        while h < C:
-            total = total.view(-1, 2, 1, K)  # [M C / 2h, lower and upper, 1, K]
-            upper = self.rows.view(-1, 2, h * Y, K)[:, 1]
-            lower = self.tails.view(-1, 2, h, K)[:, 0]
-            if keep:
-                self.merges.append(
-                    (
-                        empty(f"upper {h}", *upper.shape).copy_(upper),
-                        empty(f"lower {h}", *lower.shape).copy_(lower),
-                        total,
-                    )
-                )
-            met = self._meet(upper, lower)
-            _lower_left(self.scores, h).copy_(met.view(M, -1, h * Y, h).permute(0, 2, 3, 1))
-            upper.mul_(total[:, 0])
-            lower.mul_(total[:, 1])
-            h *= 2
-            merged = empty(f"total {h}", len(total), 1, K)
-            total = torch.mul(total[:, 0], total[:, 1], out=merged)
-        self.total = total.view(M, K)
+            self.rows, self.tails = empty("rows", Y, C, M, K), empty("tails", C, M, K)
+            self.drows, self.dk, self.dscores = _gradients(Y, C, M, K, empty)
+        self.log_decay = self.decay = empty("decay", C, M, K)
+        self.query_scores = empty("query scores", M, C, C, zero=True)  # stays so in the future
+        self.itself = self.query_scores.diagonal(dim1=1, dim2=2).t()  # [C, M]
+        self.block_inverse = BlockInverse(M, C, empty) if Y == 2 else None
+        self.total = self.decay
+        self.merges = []
+        while len(self.total) > 1:
+            self.merges.append(_Merge(self, C // len(self.total)))
+            self.total = self.merges[-1].total
+        self.total = self.total.squeeze(0)
 
-    def _meet(self, upper: Tensor, lower: Tensor) -> Tensor:
-        """``upper lower^T`` of many small blocks [b, h Y, K] and [b, h, K], in BLAS's best form."""
-        b, h, K = lower.shape
+    def forward(self) -> None:
+        self.decay.exp_()
+        product = self.empty("product", *self.raw_k.shape)
+        torch.mul(self.raw_rows[-1], self.raw_k, out=product)
+        self.itself.copy_(product.sum(-1))
+        torch.mul(self.raw_rows, self.decay, out=self.rows)
+        if self.keep:
+            self.tails.copy_(self.raw_k)
+        for merge in self.merges:
+            merge.forward()
+        for x in (self.rows, self.tails):
+            torch.ops.aten.hardshrink.out(x, smallest_factor(x.dtype), out=x)
+        if self.block_inverse is not None:
+            self.block_inverse.compute()
+
+    def backward(self) -> Tensor:
+        for merge in reversed(self.merges):
+            merge.backward()
+        self.drows.mul_(self.decay)
+        C = len(self.dk)
+        itself = self.dscores[:, -C:].diagonal(dim1=1, dim2=2).t()
+        return _decay_gradient(self, itself.unsqueeze(-1))
+
+
+class _Merge:
+    """Pairs of blocks of h tokens become blocks of 2h.
+
+    Tokens lie by reversed bits: along ``[h, 2, J, M]`` come the place in the block, lower or upper,
+    the pair (J = C / 2h of them), and the chunk. All pairs of all chunks are b = J M products.
+    """
+
+    def __init__(self, x: ChannelDecay, h: int):
+        Y, C, M, K = x.rows.shape
+        J = C // (2 * h)
+        b, empty = J * M, x.empty
+        self.h, self.keep = h, x.keep
+        self.total_lower, self.total_upper = x.total.view(2, b, K)
+        self.total = empty(f"total {2 * h}", J, M, K)
+        self.merged = self.total.view(b, K)
+        self.upper = x.rows.view(Y * h, 2, b, K)[:, 1]
+        self.lower = x.tails.view(h, 2, b, K)[:, 0]
+        # One token: a sum. MKL is far slower where it must transpose the factor of small products,
+        # but for the smallest, which want the other order.
+        self.swapped = 1 < h <= 4
+        self.rows, self.columns = self.upper.transpose(0, 1), self.lower.permute(1, 2, 0)
         if h == 1:
-            return _dot(upper, lower, self.empty).unsqueeze(-1)
-        columns = lower.mT
-        if h > 2:  # MKL is up to ten times faster where it need not transpose such small factors
-            columns = self.empty("columns", b, K, h).copy_(columns)
-        return torch.bmm(upper, columns, out=self.empty("met", b, upper.shape[1], h))
+            self.product, self.met = empty("product", Y, b, K), empty("met", Y, b)
+            met = self.met.view(Y, J, M, 1, 1).permute(1, 2, 0, 3, 4)
+        elif self.swapped:
+            self.met = empty("met", b, h, Y * h)
+            met = self.met.view(J, M, h, Y, h).permute(0, 1, 3, 4, 2)
+        else:
+            self.own_columns, self.met = empty("columns", b, K, h), empty("met", b, Y * h, h)
+            met = self.met.view(J, M, Y, h, h)
+        self.places = [(_meeting_places(x.query_scores, h), met[:, :, -1])]
+        if x.block_inverse is not None:
+            part = x.block_inverse.parts[len(x.merges)]
+            self.places.append((_meeting_places(part, h), met[:, :, 0]))
+        if x.keep:
+            self.kept_upper = empty(f"upper {h}", Y * h, b, K)
+            self.kept_lower = empty(f"lower {h}", h, b, K)
+            self.dupper = x.drows.view(Y * h, 2, b, K)[:, 1]
+            self.dlower = x.dk.view(h, 2, b, K)[:, 0]
+            self.dmet = empty("dmet", b, Y * h, h)
+            places = [_meeting_places(scores, h) for scores in x.dscores.split(C, 1)]
+            self.dplaces = list(zip(self.dmet.view(J, M, Y, h, h).unbind(2), places, strict=True))
+            self.dproducts = empty("product", b, Y * h, K), empty("other product", b, h, K)
 
-    def backward(
-        self, drows: Tensor, dtails: Tensor, dscores: Tensor, S: Tensor, dS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _, C, Y, K = drows.shape
-        empty = self.empty
-        # The end of the chunk enters through the columns' decay to it and through the state's.
-        dend = _column_dot(self.tails, dtails, empty)
-        dend.addcmul_(self.total, _column_dot(dS, S, empty))
-        h = C // 2
-        for upper, lower, total in reversed(self.merges):
-            met = empty("met", len(upper), h * Y, h)
-            met.view(len(drows), -1, h * Y, h).copy_(_lower_left(dscores, h).permute(0, 3, 1, 2))
-            dupper = drows.view(-1, 2, h * Y, K)[:, 1].mul_(total[:, 0])
-            dlower = dtails.view(-1, 2, h, K)[:, 0].mul_(total[:, 1])
-            if h == 1:
-                dupper.addcmul_(met, lower)
-                dlower.add_(torch.mul(met, upper, out=empty("product", *upper.shape)).sum(1, True))
-            else:
-                _add_product(dupper, met, lower, empty)
-                _add_product(dlower, met.mT, upper, empty)
-            h //= 2
-        drows.mul_(self.decay.unsqueeze(2))
-        # G_r multiplies row r and divides column r wherever they meet another token.
-        dG = torch.mul(self.raw_k, dtails, out=empty("product", *dtails.shape)).neg_()
-        for y in range(Y):
-            dG.addcmul_(self.raw_rows[:, :, y], drows[:, :, y])
-        dlog_decay = _reverse_cumsum(dG).add_(dend.unsqueeze(1))
-        itself = dscores[:, :, -1].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # undecayed
-        drows[:, :, -1].addcmul_(itself, self.raw_k)
-        dtails.addcmul_(itself, self.raw_rows[:, :, -1])
-        return drows, dtails, dlog_decay
+    def forward(self) -> None:
+        if self.keep:
+            self.kept_upper.copy_(self.upper)
+            self.kept_lower.copy_(self.lower)
+        if self.h == 1:
+            torch.mul(self.upper, self.lower, out=self.product)
+            torch.sum(self.product, -1, out=self.met)
+        elif self.swapped:
+            torch.bmm(self.columns.mT, self.rows.mT, out=self.met)
+        else:
+            torch.bmm(self.rows, self.own_columns.copy_(self.columns), out=self.met)
+        for place, met in self.places:
+            place.copy_(met)
+        self.upper.mul_(self.total_lower)
+        self.lower.mul_(self.total_upper)
+        torch.mul(self.total_lower, self.total_upper, out=self.merged)
+        F.threshold(self.merged, smallest_factor(self.merged.dtype), 0.0, inplace=True)
+
+    def backward(self) -> None:
+        for met, place in self.dplaces:
+            met.copy_(place)
+        if self.h == 1:
+            self.dupper.mul_(self.total_lower)
+            self.dlower.mul_(self.total_upper)
+            met = self.dmet.transpose(0, 1)  # [Y, b, 1]
+            self.dupper.addcmul_(met, self.kept_lower)
+            for dscore, row in zip(met, self.kept_upper, strict=True):
+                self.dlower.addcmul_(dscore, row)
+            return
+        by_row, by_column = self.dproducts
+        torch.bmm(self.dmet, self.kept_lower.transpose(0, 1), out=by_row)
+        torch.bmm(self.dmet.mT, self.kept_upper.transpose(0, 1), out=by_column)
+        torch.addcmul(by_row.transpose(0, 1), self.dupper, self.total_lower, out=self.dupper)
+        torch.addcmul(by_column.transpose(0, 1), self.dlower, self.total_upper, out=self.dlower)
 
 
-def _masked_product(rows: Tensor, k: Tensor, empty: Workspace) -> Tensor:
-    """``rows k^T`` [M, C, Y, C] below the diagonal; the query rows have the diagonal too."""
-    M, C, Y, _ = rows.shape
-    scores = empty("scores", M, C, Y, C)
-    torch.bmm(rows.flatten(1, 2), k.mT, out=scores.flatten(1, 2))
-    return _mask_(scores)
+def _gradients(Y: int, C: int, M: int, K: int, empty: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    return empty("drows", Y, C, M, K), empty("dk", C, M, K), empty("dscores", M, Y * C, C)
+
+
+def _decay_gradient(x: HeadDecay | ChannelDecay, itself: Tensor) -> Tensor:
+    """dG; then add the gradients where a token meets itself, `itself` ``[C, M, 1]``.
+
+    G_r multiplies row r and divides column r wherever they meet another token.
+    """
+    dG = torch.mul(x.raw_k, x.dk, out=x.empty("product", *x.dk.shape)).neg_()
+    for raw, gradient in zip(x.raw_rows, x.drows, strict=True):
+        dG.addcmul_(raw, gradient)
+    x.drows[-1].addcmul_(itself, x.raw_k)
+    x.dk.addcmul_(itself, x.raw_rows[-1])
+    return dG
+
+
+def _by_chunk(rows: Tensor) -> Tensor:
+    """View ``[Y, C, M, K]`` as ``[M, Y C, K]``."""
+    return rows.flatten(0, 1).transpose(0, 1)
 
 
 def _mask_(scores: Tensor) -> Tensor:
-    scores[:, :, -1].tril_()
-    if scores.shape[2] == 2:
-        scores[:, :, 0].tril_(-1)
+    """Zero what is not below the diagonal (query rows: above it) of ``[M, Y C, C]``."""
+    C = scores.shape[2]
+    scores[:, -C:].tril_()
+    if scores.shape[1] > C:
+        scores[:, :C].tril_(-1)
     return scores
 
 
-def _dot(a: Tensor, b: Tensor, empty: Workspace) -> Tensor:
-    """``(a * b).sum(-1)``, broadcast."""
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    return torch.mul(a, b, out=empty("product", *shape)).sum(-1)
+def _meeting_places(scores: Tensor, h: int) -> Tensor:
+    """View of ``scores [M, C, C]`` where upper halves of blocks of 2h tokens meet lower ones.
 
-
-def _column_dot(a: Tensor, b: Tensor, empty: Workspace) -> Tensor:
-    """``(a * b).sum(1)``."""
-    return torch.mul(a, b, out=empty("product", *a.shape)).sum(1)
-
-
-def _add_product(x: Tensor, a: Tensor, b: Tensor, empty: Workspace) -> None:
-    """``x += a @ b``; x may have strides, into which a batched product itself would be slow."""
-    x.add_(torch.bmm(a, b, out=empty("product", *x.shape)))
-
-
-def _lower_left(scores: Tensor, h: int) -> Tensor:
-    """View [M, h Y, h, C / 2h] of the blocks where upper halves of 2h tokens meet lower ones."""
-    M, C, Y, _ = scores.shape
-    blocks = scores.view(M, C // (2 * h), 2, h * Y, C // (2 * h), 2, h)
-    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
-
-
-def _reverse_cumsum(x: Tensor) -> Tensor:
-    """``y_t = sum_{r >= t} x_r`` along dim 1, as a product: fast, and in an order fixed by C."""
-    C = x.shape[1]
-    return torch.ones(C, C, dtype=x.dtype, device=x.device).triu() @ x
+    Shape ``[J, M, h, h]``, as `_Merge` has the pairs.
+    """
+    split = scores.unflatten(2, (h, 2, -1)).unflatten(1, (h, 2, -1))  # [M, h, 2, J, h, 2, J]
+    return split[:, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).permute(3, 0, 1, 2)

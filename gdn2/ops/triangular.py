@@ -3,44 +3,49 @@
 import torch
 from torch import Tensor
 
-_BASE = 16
+from gdn2.ops.chunk_schedule import Workspace
 
 
-def invert_unit_lower(lower: Tensor) -> Tensor:
-    """``(I + T)^-1`` for strictly lower triangular T = `lower` [M, C, C]; C a power of two.
+class BlockInverse:
+    """``A = (I + T)^-1`` for strictly lower triangular T [M, C, C]; C a power of two.
 
-    The inverses of the diagonal blocks of h rows give those of 2h rows, exactly:
+    T comes in parts: T_h is zero but where, in a block of 2h tokens, rows of the upper half meet
+    columns of the lower one. The inverses of the diagonal blocks of h rows then give those of 2h
+    rows, exactly:
 
-        A_21 = -A_22 T_21 A_11
+        A_21 = -A_22 T_21 A_11        for all blocks at once: A <- A - A T_h A, h = 1, 2, 4 ... C/2
 
-    up to 16 rows on all blocks at once, under a mask. A Neumann series would not do: its terms
-    grow like binomials where keys repeat, and cancel.
+    in any order of the tokens. A Neumann series would not do: its terms grow like binomials where
+    keys repeat, and cancel.
+
+    Attributes:
+        parts: T_1, T_2, T_4 ..., zero at first, to be filled by the caller.
+        inverse: A, after `compute`.
     """
-    M, C, _ = lower.shape
-    base = min(_BASE, C)
-    blocks = lower.unflatten(1, (-1, base)).unflatten(3, (-1, base)).diagonal(dim1=1, dim2=3)
-    blocks = blocks.permute(0, 3, 1, 2).reshape(-1, base, base)
-    index = torch.arange(base, device=lower.device)
-    inverse = torch.eye(base, dtype=lower.dtype, device=lower.device).expand_as(blocks)
-    h = 1
-    while h < base:
-        # The rows of the upper half of a block of 2h meet the columns of its lower half.
-        meet = (index[:, None] // h == index // h + 1) & (index // h % 2 == 0)
-        part = blocks * meet.to(lower.dtype)
-        if h == 1:
-            inverse = inverse - part
-        else:
-            inverse = torch.baddbmm(inverse, torch.bmm(inverse, part), inverse, alpha=-1)
-        h *= 2
-    if base == C:
-        return inverse.contiguous()
-    full = lower.new_zeros(M, C, C)
-    on_diagonal = full.view(M, C // base, base, C // base, base).diagonal(dim1=1, dim2=3)
-    on_diagonal.copy_(inverse.view(M, -1, base, base).permute(0, 2, 3, 1))
-    while h < C:
-        for first in range(0, C, 2 * h):
-            low, up = slice(first, first + h), slice(first + h, first + 2 * h)
-            right = torch.bmm(lower[:, up, low], full[:, low, low])
-            full[:, up, low] = torch.bmm(full[:, up, up], right).neg_()
-        h *= 2
-    return full
+
+    def __init__(self, M: int, C: int, empty: Workspace):
+        halves = [2**i for i in range(C.bit_length() - 1)]
+        self.parts = [empty(f"part {h}", M, C, C, zero=True) for h in halves]
+        self.eye = torch.eye(C, dtype=empty.dtype, device=empty.device).expand(M, C, C)
+        self.product = empty("inverse product", M, C, C)
+        buffers = [empty("inverse", M, C, C), empty("other inverse", M, C, C)]
+        self.stages = [buffers[i % 2] for i in range(max(len(halves), 1))]
+        self.inverse = self.stages[-1]
+
+    def compute(self) -> None:
+        if not self.parts:
+            self.inverse.copy_(self.eye)
+            return
+        torch.sub(self.eye, self.parts[0], out=self.stages[0])
+        for part, inverse, out in zip(self.parts[1:], self.stages, self.stages[1:], strict=False):
+            torch.bmm(inverse, part, out=self.product)
+            torch.baddbmm(inverse, self.product, inverse, alpha=-1, out=out)
+
+
+def split_strictly_lower(lower: Tensor, parts: list[Tensor]) -> None:
+    """Fill the parts of `BlockInverse` from a strictly lower triangular matrix, tokens in time."""
+    token = torch.arange(lower.shape[-1], device=lower.device)
+    for i, part in enumerate(parts):
+        block = token >> i
+        meet = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)
+        torch.mul(lower, meet.to(lower.dtype), out=part)

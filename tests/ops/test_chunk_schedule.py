@@ -5,38 +5,75 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn2.ops.chunk_schedule import Lattice, build_schedule
+from gdn2.ops.chunk_schedule import Lattice, TokenOrder, build_schedule
 
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.lists(st.integers(0, 40), max_size=8),
+    st.lists(st.one_of(st.integers(0, 40), st.sampled_from([8, 16])), max_size=8),
     st.sampled_from([1, 4, 8]),
     st.integers(1, 12),
+    st.booleans(),
 )
-def test_loading_and_storing_all_segments_is_the_identity(lengths, chunk, chunks_per_segment):
+def test_reading_and_writing_all_segments_is_the_identity(
+    lengths, chunk, chunks_per_segment, bits_reversed
+):
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     schedule = build_schedule(
         bounds, chunk=chunk, chunks_per_segment=chunks_per_segment, device=CPU
     )
+    order = TokenOrder(chunk, bits_reversed=bits_reversed)
     x = torch.arange(bounds[-1] * 6.0).view(-1, 2, 3) + 1
     copy, seen = torch.zeros_like(x), 0
     for segment in schedule.segments:
-        n = segment.num_chunks
-        chunks = segment.load(x, torch.empty(n, 2, chunk, 3))
+        chunks = segment.read(x, order)
+        assert chunks.shape == (*order.sizes, *segment.grid, 2, 3)
         seen += (chunks != 0).any(-1).sum().item()
-        segment.store(chunks, copy)
-        assert n <= max(chunks_per_segment, 1) or len(segment.steps) == 1
+        segment.write(copy, order, lambda to, chunks=chunks: to.copy_(chunks))
+        n = segment.num_chunks
+        assert n <= chunks_per_segment or len(segment.steps) == 1
     assert torch.equal(copy, x)
     assert seen == 2 * bounds[-1]  # no token twice: padding is zero
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 70), max_size=8), st.integers(1, 12))
+def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment):
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    schedule = build_schedule(bounds, chunk=4, chunks_per_segment=chunks_per_segment, device=CPU)
+    order = TokenOrder(4, bits_reversed=False)
+    tokens = torch.arange(bounds[-1]) + 1
+    scanned = [[] for _ in lengths]
+    for segment in schedule.segments:
+        chunks = segment.read(tokens, order).flatten(1).t()  # [n, C]
+        for first, count in segment.steps:
+            for i in range(count):
+                scanned[segment.sequences.start + i] += chunks[first + i].tolist()
+    ranks = range(len(lengths)) if schedule.order is None else schedule.order.tolist()
+    for rank, n in enumerate(ranks):
+        got = [token - 1 for token in scanned[rank] if token]
+        assert got == list(range(bounds[n], bounds[n + 1]))
+
+
+def test_bits_are_reversed():
+    assert TokenOrder(8, bits_reversed=True).times(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert TokenOrder(8, bits_reversed=False).times(8).tolist() == list(range(8))
 
 
 def test_equal_sequences_are_read_through_a_view():
     schedule = build_schedule([0, 64, 128, 192], chunk=16, chunks_per_segment=6, device=CPU)
     places = [segment.place for segment in schedule.segments]
     assert places == [Lattice(0, 64, 2, 3), Lattice(32, 64, 2, 3)]
+
+
+def test_long_sequences_are_read_through_views_and_their_ends_together():
+    schedule = build_schedule([0, 50, 55, 100], chunk=16, chunks_per_segment=2, device=CPU)
+    *bodies, ends, short = [segment.place for segment in schedule.segments]
+    assert bodies == [Lattice(0, 0, 2, 1), Lattice(32, 0, 1, 1), Lattice(55, 0, 2, 1)]
+    assert ends.tokens[ends.taken].tolist() == [48, 49, *range(87, 100)]
+    assert short.tokens[short.taken].tolist() == list(range(50, 55))
 
 
 def test_indices_are_made_on_the_tensors_device():
