@@ -211,15 +211,15 @@ def _build_parser() -> argparse.ArgumentParser:
         _prepare,
         "Turn text into token shards with a train and a validation split.",
         "stdlib --out data/stdlib --vocab-size 4096\n"
-        "essays/ notes.txt more.jsonl.gz --out data/mine\n"
+        "essays/ notes.txt more.jsonl.zst --out data/mine\n"
         "fineweb/*.parquet --out data/fineweb --tokenizer tokenizer.json --workers 8",
     )
     sub.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="text file, JSONL(.gz), Parquet, a folder of them, or `stdlib`: this interpreter's "
-        "own library sources (a folder of that name is ./stdlib)",
+        help="text or JSONL (also .gz or .zst), Parquet, a folder of them, or `stdlib`: this "
+        "interpreter's own library sources (a folder of that name is ./stdlib)",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     # Options that are not given stay absent: gdn2.data.prepare has the defaults.

@@ -27,7 +27,7 @@ LIBRARIES = {
     "modules": set(),
     "layers": set(),
     "models": {"transformers", "safetensors"},
-    "data": {"numpy", "pyarrow", "tokenizers", "rich"},
+    "data": {"numpy", "pyarrow", "tokenizers", "rich", "backports", "compression"},
     "train": {"numpy", "rich", "matplotlib", "safetensors", "transformers"},
     "evals": {"numpy", "rich", "matplotlib", "tokenizers", "transformers"},
     "presets": set(),

@@ -5,23 +5,23 @@ any such position. Order depends on names alone, so the same input gives the sam
 """
 
 import codecs
-import gzip
 import hashlib
 import json
 import os
 import platform
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from gdn2.data.packed import DAMAGE, check_packed, unpack, unpacked_name
 
 STDLIB = "stdlib"
 STDLIB_FOLDERS_LEFT_OUT = {"test", "tests", "idlelib", "site-packages"}
@@ -104,10 +104,11 @@ def find_source(name: str | os.PathLike, out: Path) -> Source:
         found = _walk(root)
         files = [f for f in found if _suffix(f) in FOLDER_SUFFIXES]
         if not files:
-            ignored = Counter(_suffix(f) or "no suffix" for f in found).most_common(5)
+            kinds = Counter(_suffix(f) or "no suffix" for f in found).most_common(5)
+            ignored = ", ".join(f"{count} x {suffix}" for suffix, count in kinds) or "nothing"
             raise ValueError(
                 f"{name} has no file that ends in {', '.join(sorted(FOLDER_SUFFIXES))} (or those "
-                f"with .gz); found: {', '.join(f'{n} x {s}' for s, n in ignored) or 'nothing'}"
+                f"with .gz or .zst); found: {ignored}"
             )
     else:
         raise FileNotFoundError(f"source {name} does not exist")
@@ -129,7 +130,7 @@ def _walk(root: Path, without: Set[str] = frozenset()) -> list[str]:
 
 
 def _suffix(file: str) -> str:
-    return Path(file.removesuffix(".gz")).suffix.lower()
+    return Path(unpacked_name(file)).suffix.lower()
 
 
 class Corpus:
@@ -147,6 +148,9 @@ class Corpus:
         for path in self.paths:
             if _suffix(path.name) in PARQUET_SUFFIXES:
                 _check_parquet(path, text_column)
+            else:
+                with _naming(path):
+                    check_packed(path)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -212,7 +216,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors about a file's contents, as ValueErrors that name the file."""
     try:
         yield
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+    except (OSError, *DAMAGE, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not a format's
             raise
         raise ValueError(f"{path} is broken: {str(error).splitlines()[0]}") from error
@@ -220,12 +224,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _read_text(path: Path, start: int) -> Iterator[Record]:
     if start == 0:
-        with _naming(path), path.open("rb") as raw, _unpack(raw) as stream:
+        with _naming(path), path.open("rb") as raw, unpack(raw) as stream:
             yield 0, stream.read().removeprefix(codecs.BOM_UTF8), path.stat().st_size
 
 
 def _read_jsonl(path: Path, column: str, start: int) -> Iterator[Record]:
-    with _naming(path), path.open("rb") as raw, _unpack(raw) as stream:
+    with _naming(path), path.open("rb") as raw, unpack(raw) as stream:
         for item, line in enumerate(stream):
             if item < start or not line.strip():
                 continue
@@ -241,10 +245,6 @@ def _read_jsonl(path: Path, column: str, start: int) -> Iterator[Record]:
                 kind = type(value).__name__
                 raise ValueError(f"{path}:{item + 1}: column {column!r} is {kind}, expected text")
             yield item, value, raw.tell()
-
-
-def _unpack(raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
-    return gzip.GzipFile(fileobj=raw) if raw.name.endswith(".gz") else raw
 
 
 def _read_parquet(path: Path, column: str, start: int) -> Iterator[Record]:

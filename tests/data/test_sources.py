@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import random
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gdn2.data import packed
 from gdn2.data.sources import START, Corpus, Position, find_source
 
 TEXTS = ["first", "zwei \u00e9\u4e16\r\n", "x" * 5000, "<|endoftext|>", "last\n"]
@@ -37,6 +39,18 @@ def write_jsonl_gz(folder, texts):
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(data.encode()))
 
 
+def write_text_zst(folder, texts):
+    for i, text in enumerate(texts):
+        (folder / f"{i}.py.ZST").write_bytes(packed.zstd.compress(text.encode()))
+
+
+def write_jsonl_zst(folder, texts):
+    """In frames that lines do not respect, as a parallel compressor writes them."""
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    frames = [packed.zstd.compress(data[i : i + 1000]) for i in range(0, len(data), 1000)]
+    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
+
+
 def write_parquet(folder, texts):
     table = pa.table({"id": list(range(len(texts))), "text": texts, "score": [0.5] * len(texts)})
     pq.write_table(table.slice(0, 3), folder / "a.parquet", row_group_size=2)
@@ -53,6 +67,8 @@ WRITERS = [
     write_text_gz,
     write_jsonl,
     write_jsonl_gz,
+    write_text_zst,
+    write_jsonl_zst,
     write_parquet,
     write_dictionary_parquet,
 ]
@@ -181,6 +197,13 @@ def bad_parquet_page(path):
     return contents(path, bytes(data))
 
 
+def bad_zst_block(path):
+    """A header that is right, and a body that is not."""
+    data = bytearray(packed.zstd.compress(random.Random(0).randbytes(10**5).hex().encode()))
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    return contents(path, bytes(data))
+
+
 BAD = {
     "json": (lambda d: lines(d / "a.jsonl", '{"text": "a"}', "{"), r"a\.jsonl:2 is not JSON"),
     "json_utf8": (
@@ -203,6 +226,17 @@ BAD = {
         lambda d: contents(d / "a.txt.gz", gzip.compress(b"")[:10] + b"\xff" * 50),
         r"a\.txt\.gz is broken",
     ),
+    "zst": (lambda d: contents(d / "a.jsonl.zst", b"no zstd at all"), r"a\.jsonl\.zst is broken"),
+    "zst_is_gzip": (
+        lambda d: contents(d / "a.txt.zst", gzip.compress(b"text")),
+        r"a\.txt\.zst is broken",
+    ),
+    "zst_cut": (
+        lambda d: contents(d / "a.txt.zst", packed.zstd.compress(bytes(range(256)) * 9)[:-20]),
+        r"a\.txt\.zst is broken: Compressed file ended",
+    ),
+    "zst_empty": (lambda d: contents(d / "a.txt.zst", b""), r"a\.txt\.zst is broken"),
+    "zst_body": (lambda d: bad_zst_block(d / "a.jsonl.zst"), r"a\.jsonl\.zst is broken"),
     "parquet": (lambda d: contents(d / "a.parquet", b"PAR1 not"), r"a\.parquet is not Parquet"),
     "parquet_page": (lambda d: bad_parquet_page(d / "a.parquet"), r"a\.parquet is broken"),
     "parquet_column": (
@@ -224,6 +258,21 @@ def test_bad_input_is_named_in_one_line(tmp_path, case):
     with pytest.raises(ValueError, match=message) as raised:
         list(corpus_of(make(tmp_path)).documents())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["b.txt.gz", "b.jsonl.zst"])
+def test_what_is_not_compressed_is_refused_before_anything_is_read(tmp_path, name):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / name).write_text("plain text")
+    with pytest.raises(ValueError, match=f"{name} is broken"):
+        corpus_of(tmp_path)
+
+
+def test_a_missing_zstd_package_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    write_jsonl_zst(tmp_path, TEXTS)
+    monkeypatch.setattr(packed, "zstd", None)
+    with pytest.raises(ImportError, match=r"a\.jsonl\.zst needs .* pip install 'gdn2\[data\]'"):
+        corpus_of(tmp_path)
 
 
 def test_missing_source_is_named():
