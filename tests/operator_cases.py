@@ -1,6 +1,7 @@
 """Inputs for the operator's tests, and the one gate that every comparison with the truth passes."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,12 @@ def cast(inputs: dict, dtype: torch.dtype) -> dict:
 
 
 def run(
-    inputs: dict, case: Case, *, backend: str | None = None, upstream_until: int | None = None
+    inputs: dict,
+    case: Case,
+    *,
+    backend: str | None = None,
+    upstream_until: int | None = None,
+    rule: Callable = gated_delta_rule,
 ) -> dict[str, Tensor]:
     """Outputs, final state and all gradients of a fixed random loss on both.
 
@@ -123,7 +129,7 @@ def run(
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
     device = inputs["q"].device
     cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=device)
-    out, state = gated_delta_rule(
+    out, state = rule(
         **leaves, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend
     )
     generator = torch.Generator().manual_seed(99)

@@ -103,6 +103,10 @@ class Segment:
     place: Lattice | Scattered
 
     @property
+    def num_sequences(self) -> int:
+        return self.sequences.stop - self.sequences.start
+
+    @property
     def num_chunks(self) -> int:
         return sum(count for _, count in self.steps)
 
@@ -192,6 +196,19 @@ def build_schedule(
     return Schedule(segments, len(sequences), ranks)
 
 
+def most_segment_starts(
+    num_sequences: int, tokens: int, *, packed: bool, chunk: int, chunks_per_segment: int
+) -> int:
+    """Upper bound for the sequences of all segments together, without a look at boundaries."""
+    if packed:  # Where a segment has a next one, it has room for three chunks of each sequence.
+        return 2 * num_sequences + -(-tokens // (chunk * min(3, chunks_per_segment)))
+    chunks = tokens // max(num_sequences, 1) // chunk
+    at_once = chunks_per_segment // max(
+        1, min(num_sequences, max(chunks_per_segment // max(chunks, 1), chunks_per_segment // 4))
+    )
+    return num_sequences * (1 + -(-chunks // max(at_once, 1)))
+
+
 def _cut(
     sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int, device: torch.device
 ) -> Iterator[Segment]:
@@ -202,7 +219,7 @@ def _cut(
     """
     rest: list[tuple[int, int]] = []
     rank, rest_of_lattices = 0, False
-    for run in _regular_runs(sequences, chunks_per_segment):
+    for run in _regular_runs(sequences, chunk, chunks_per_segment):
         start, length = run[0]
         full = length // chunk
         is_lattice = 2 * len(run) * full >= chunks_per_segment
@@ -222,19 +239,33 @@ def _cut(
     yield from _gather(rest, rank - len(rest), chunk, chunks_per_segment, device)
 
 
-def _regular_runs(sequences: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Neighbours of equal length at equal distances upwards, at most `most` of them."""
+def _regular_runs(
+    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Neighbours of equal length at equal distances upwards, as many as a segment should have."""
     run: list[tuple[int, int]] = []
     for start, length in sequences:
-        fits = len(run) < most and run and length == run[0][1] and start >= run[-1][0]
-        if fits and len(run) > 1:
-            fits = start - run[-1][0] == run[1][0] - run[0][0]
+        fits = (
+            run
+            and length == run[0][1]
+            and start >= run[-1][0]
+            and (len(run) == 1 or start - run[-1][0] == run[1][0] - run[0][0])
+            and _room_for(len(run), (len(run) + 1) * (length // chunk), chunks_per_segment)
+        )
         if run and not fits:
             yield run
             run = []
         run.append((start, length))
     if run:
         yield run
+
+
+def _room_for(sequences: int, chunks: int, chunks_per_segment: int) -> bool:
+    """Whether a segment that has `sequences` may take one more, with `chunks` then in all of them.
+
+    All of them to their end, or at least four chunks of each.
+    """
+    return chunks <= chunks_per_segment or 4 * (sequences + 1) <= chunks_per_segment
 
 
 def _gather(
@@ -244,20 +275,38 @@ def _gather(
     chunks_per_segment: int,
     device: torch.device,
 ) -> Iterator[Segment]:
-    """Segments of short sequences; `rank` is that of the first."""
-    for first in range(0, len(sequences), chunks_per_segment):
-        group = sequences[first : first + chunks_per_segment]
-        steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of each step's chunks
-        for offset in range(0, max(length for _, length in group), chunk):
-            step = [(start + offset, min(chunk, length - offset)) for start, length in group]
-            while step[-1][1] <= 0:
-                step.pop()
-            if steps and sum(map(len, steps)) + len(step) > chunks_per_segment:
-                yield _gathered_segment(steps, rank + first, chunk, device)
-                steps = []
-            steps.append(step)
-        if steps:
-            yield _gathered_segment(steps, rank + first, chunk, device)
+    """Segments of short sequences, in groups; `rank` is that of the first."""
+    group: list[tuple[int, int]] = []
+    chunks = 0
+    for start, length in sequences:
+        own = max(1, -(-length // chunk))
+        if group and not _room_for(len(group), chunks + own, chunks_per_segment):
+            yield from _gather_group(group, rank, chunk, chunks_per_segment, device)
+            rank += len(group)
+            group, chunks = [], 0
+        group.append((start, length))
+        chunks += own
+    yield from _gather_group(group, rank, chunk, chunks_per_segment, device)
+
+
+def _gather_group(
+    group: list[tuple[int, int]],
+    rank: int,
+    chunk: int,
+    chunks_per_segment: int,
+    device: torch.device,
+) -> Iterator[Segment]:
+    steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of each step's chunks
+    for offset in range(0, max((length for _, length in group), default=0), chunk):
+        step = [(start + offset, min(chunk, length - offset)) for start, length in group]
+        while step[-1][1] <= 0:
+            step.pop()
+        if steps and sum(map(len, steps)) + len(step) > chunks_per_segment:
+            yield _gathered_segment(steps, rank, chunk, device)
+            steps = []
+        steps.append(step)
+    if steps:
+        yield _gathered_segment(steps, rank, chunk, device)
 
 
 def _gathered_segment(

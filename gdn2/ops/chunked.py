@@ -14,27 +14,18 @@ E and Q are two kinds of row that lie one after the other, so that one product s
 Kept for the backward: the inputs and one state a segment; the rest is computed again. Sums and
 states are float32, or float64 for float64 inputs.
 
-Axes: n chunks of a segment, C tokens a chunk, H key heads, HV value heads, P heads that the
-products run over (H, with the values of HV / H heads side by side; HV where a key-side gate has HV
-heads), G = P / H, M = n P, Y kinds of row (erase, query), K key channels, V value channels,
-W = V HV / P. Buffers that enter products have M first, those of the key side the tokens (see
-`decayed_scores`, which also chooses the order of tokens there and along the rows of products).
+Forward and backward are operators of `torch.library`: compilers see each as one node.
 """
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Schedule, Segment, TokenOrder, Workspace, build_schedule
-from gdn2.ops.contract import Operands, check_first_order, no_autocast, state_dtype
-from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay, smallest_factor
+from gdn2.ops.chunk_schedule import Schedule, build_schedule, most_segment_starts
+from gdn2.ops.chunks import HeadLayout, chunks_by_shape
+from gdn2.ops.contract import Operands, check_bounds, check_first_order, no_autocast
 
 CHUNK = 32
-_SEGMENT_ELEMENTS = 2**18  # of one [M, C, K or W] workspace: about a megabyte, to stay in cache
+_SEGMENT_ELEMENTS = 2**18  # of one [M, C, K or W] buffer: about a megabyte, to stay in cache
 
 
 def gated_delta_rule(
@@ -43,347 +34,150 @@ def gated_delta_rule(
     """All sequences in chunks; see the public `gated_delta_rule`."""
     tensors = (*x, state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _ChunkedGatedDeltaRule.apply(*tensors, cu_seqlens, scale, keep)
+    out, state, _ = _forward(*tensors, cu_seqlens, scale, keep)
+    return out, state
 
 
-class _ChunkedGatedDeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, log_decay, erase, write, state, cu_seqlens, scale, keep):
-        layout = _Layout.of(q, v, log_decay, erase)
-        schedule = layout.schedule(q, cu_seqlens)
-        inputs = layout.flat(Operands(q, k, v, log_decay, erase, write))
-        out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-        S = layout.state_in(state, schedule, q.device)
-        starts = []
-        chunks_of = _chunks_by_shape(layout, inputs, scale, keep=False)
+@torch.library.custom_op("gdn2::chunked_gated_delta_rule", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns outputs, states, and (if `keep`) the states that segments start from, in order."""
+    layout = HeadLayout.of(q, v, log_decay, erase)
+    schedule = _schedule(layout, q, cu_seqlens)
+    inputs = layout.flat(Operands(q, k, v, log_decay, erase, write))
+    out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    S = layout.state_in(state, schedule, q.device)
+    starts = _empty_starts(layout, q, cu_seqlens, keep)
+    chunks_of, kept = chunks_by_shape(layout, inputs, scale, keep=False), 0
+    with no_autocast(q):
         for segment in schedule.segments:
+            state = S[segment.sequences]
             if keep:
-                starts.append(S[segment.sequences].clone())
+                starts[kept : kept + len(state)] = state
+                kept += len(state)
             chunks = chunks_of(segment)
             chunks.load(segment, inputs)
-            chunks.scan(S[segment.sequences])
+            chunks.scan(state)
             chunks.store(segment, layout.values(out))
-        if keep:
-            ctx.save_for_backward(q, k, v, log_decay, erase, write, *starts)
-            ctx.layout, ctx.schedule, ctx.scale = layout, schedule, scale
-        return out, layout.state_out(S, schedule)
-
-    @staticmethod
-    def backward(ctx, dout, dstate):
-        check_first_order()
-        saved = ctx.saved_tensors  # once: a checkpoint computes them again at each access
-        operands, starts = Operands(*saved[:6]), saved[6:]
-        layout, schedule = ctx.layout, ctx.schedule
-        inputs = layout.flat(operands)
-        grads = operands.map(lambda t: t.new_empty(t.shape))
-        dinputs = layout.flat(grads)
-        dout = layout.values(dout)
-        dS = layout.state_in(dstate, schedule, dout.device)
-        chunks_of = _chunks_by_shape(layout, inputs, ctx.scale, keep=True)
-        with no_autocast(dout):
-            for segment, S in zip(reversed(schedule.segments), reversed(starts), strict=True):
-                chunks = chunks_of(segment)
-                S = S.clone()
-                chunks.load(segment, inputs)
-                chunks.scan(S)
-                chunks.backward(segment, inputs, dout, S, dS[segment.sequences], dinputs)
-        dstate = layout.state_out(dS, schedule) if ctx.needs_input_grad[6] else None
-        return *grads, dstate, None, None, None
+    starts[kept:] = 0
+    return out, layout.state_out(S, schedule), starts
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How heads and channels are arranged for the products: P and W of the module's axes."""
-
-    H: int
-    HV: int
-    P: int
-    K: int
-    V: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None) -> "_Layout":
-        H, K = q.shape[2:]
-        HV, V = v.shape[2:]
-        on_value_heads = any(x is not None and x.shape[2] != H for x in (log_decay, erase))
-        return cls(H, HV, HV if on_value_heads else H, K, V, state_dtype(q.dtype))
-
-    @property
-    def W(self) -> int:
-        return self.V * self.HV // self.P
-
-    def schedule(self, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
-        B, T = q.shape[:2]
-        bounds = [b * T for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-        chunks = _SEGMENT_ELEMENTS // (self.P * CHUNK * max(self.K, self.W))
-        return build_schedule(
-            bounds, chunk=CHUNK, chunks_per_segment=max(1, chunks), device=q.device
-        )
-
-    def flat(self, x: Operands) -> Operands:
-        """The same memory as [tokens, heads, heads that share, channels], absent axes of size 1.
-
-        Key side [tokens, H, G or 1, K or 1], value side [tokens, P, HV / P, V or 1].
-        """
-
-        def gate(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.unsqueeze(-1) if x.ndim == 3 else x
-
-        def key_side(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.flatten(0, 1).unflatten(1, (self.H, -1))
-
-        write = gate(x.write)
-        return Operands(
-            x.q.flatten(0, 1).unsqueeze(2),
-            x.k.flatten(0, 1).unsqueeze(2),
-            self.values(x.v),
-            key_side(gate(x.log_decay)),
-            key_side(gate(x.erase)),
-            None if write is None else self.values(write),
-        )
-
-    def values(self, v: Tensor) -> Tensor:
-        return v.flatten(0, 1).unflatten(1, (self.P, -1))
-
-    def state_in(self, state: Tensor | None, schedule: Schedule, device: torch.device) -> Tensor:
-        """States [N, HV, K, V] as a new [N, P, K, W] in the schedule's order; None is zeros."""
-        N, P, G = schedule.num_sequences, self.P, self.HV // self.P
-        if state is None:
-            return torch.zeros(N, P, self.K, self.W, dtype=self.dtype, device=device)
-        grouped = state.view(N, P, G, self.K, self.V).transpose(2, 3)
-        return schedule.rank(grouped.reshape(N, P, self.K, self.W))
-
-    def state_out(self, S: Tensor, schedule: Schedule) -> Tensor:
-        S = schedule.unrank(S).unflatten(-1, (-1, self.V)).transpose(2, 3)
-        return S.reshape(-1, self.HV, self.K, self.V).contiguous()
+@_forward.register_fake
+def _(q, k, v, log_decay, erase, write, state, cu_seqlens, scale, keep):  # noqa: ARG001
+    layout = HeadLayout.of(q, v, log_decay, erase)
+    states = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
+    return (
+        q.new_empty(v.shape),
+        q.new_empty(states, dtype=layout.dtype),
+        _empty_starts(layout, q, cu_seqlens, keep),
+    )
 
 
-class _Step(NamedTuple):
-    """Views of one step of the scan: the chunks `now` of M, those of the first `sequences`."""
-
-    sequences: int
-    now: slice
-    rows: Tensor
-    tails: Tensor
-    total: Tensor | None
-    inverse: Tensor | None
-    z: Tensor
-    read: Tensor
-    read_by_erase: Tensor
-    X: Tensor
-    R: Tensor
-
-
-class _Chunks:
-    """The chunks of segments of one shape, with their buffers and views.
-
-    `load` folds the gates in, `scan` runs over the chunks; then follow `store`, or `backward`.
-    """
-
-    def __init__(
-        self,
-        segment: Segment,
-        layout: _Layout,
-        inputs: Operands,
-        scale: float,
-        empty: Workspace,
-        *,
-        keep: bool,
-    ):
-        self.layout, self.scale, self.empty, self.keep = layout, scale, empty, keep
-        self.grid, self.has_erase = segment.grid, inputs.erase is not None
-        C, P, K, W = segment.chunk, layout.P, layout.K, layout.W
-        M, Y = segment.num_chunks * P, 2 if self.has_erase else 1
-        kind = _decay_class(inputs.log_decay)
-        self.decay = d = kind(Y, C, M, K, empty, keep=keep)
-        self.order = TokenOrder(C, bits_reversed=kind.bits_reversed)
-        z = empty("z", C, M, W)
-        self.R = empty("R", M, C, W) if self.has_erase else z.transpose(0, 1)
-        self.read = empty("read", M, Y * C, W)  # what the rows read of the state
-        self.out = empty("out", M, C, W)
-        # As tokens lie in the inputs:
-        self.lowest = math.log(smallest_factor(empty.dtype))  # of log-decays: exp() is slow below
-        self.k, self.q = self._key_side(d.raw_k), self._key_side(d.raw_rows[-1])
-        self.e = self._key_side(d.raw_rows[0])
-        self.log_decay = self._key_side(d.log_decay)
-        self.z = self._value_side(z)
-        self.inside = self._value_side(self.out.transpose(0, 1))
-        self.before = self._value_side(self.read[:, -C:].transpose(0, 1))
-        if keep:
-            self.states = empty("states", M, K, W)
-            self.dread = empty("dread", M, Y * C, W)
-            self.dR = empty("dR", M, C, W)
-            self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
-            self.dtails = empty("dtails", M, C, K)
-            times = self.order.times(C).to(empty.device)
-            self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
-        self.steps = []
-        for first, count in segment.steps:
-            now = slice(first * P, (first + count) * P)
-            self.steps.append(
-                _Step(
-                    sequences=count,
-                    now=now,
-                    rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
-                    tails=d.tails.transpose(0, 1)[now],
-                    total=None if d.total is None else d.total[now].unsqueeze(-1),
-                    inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
-                    z=z.transpose(0, 1)[now],
-                    read=self.read[now],
-                    read_by_erase=self.read[now, :C],
-                    X=empty("X", count * P, C, W),
-                    R=self.R[now],
-                )
-            )
-
-    def load(self, segment: Segment, inputs: Operands) -> None:
-        """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
-        self.k.copy_(segment.read(inputs.k, self.order))
-        torch.mul(self._read(segment, inputs.q).expand_as(self.q), self.scale, out=self.q)
-        if inputs.erase is not None:
-            torch.mul(self.k, self._read(segment, inputs.erase), out=self.e)  # Eq. 8
-        if inputs.log_decay is not None:
-            log_decay = self._read(segment, inputs.log_decay).expand_as(self.log_decay)
-            torch.clamp(log_decay, min=self.lowest, out=self.log_decay)
-        self.decay.forward()
-        if inputs.write is None:
-            self.z.copy_(segment.read(inputs.v, self.order))
-        else:
-            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
-            torch.mul(v, write, out=self.z)
-
-    def scan(self, S: Tensor) -> None:
-        """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
-        for step in self.steps:
-            state = S[: step.sequences].flatten(0, 1)
-            if self.keep:
-                self.states[step.now] = state
-            torch.bmm(step.rows, state, out=step.read)
-            if step.inverse is not None:
-                torch.sub(step.z, step.read_by_erase, out=step.X)
-                torch.bmm(step.inverse, step.X, out=step.R)
-            if step.total is not None:
-                state.mul_(step.total)
-            state.baddbmm_(step.tails.mT, step.R)
-
-    def store(self, segment: Segment, out: Tensor) -> None:
-        """After `scan`: the outputs, to out [tokens, P, HV / P, V]."""
-        torch.bmm(self.decay.query_scores, self.R, out=self.out)
-        segment.write(out, self.order, lambda to: torch.add(self.inside, self.before, out=to))
-
-    def backward(
-        self,
-        segment: Segment,
-        inputs: Operands,
-        dout: Tensor,
-        S: Tensor,
-        dS: Tensor,
-        grads: Operands,
-    ) -> None:
-        """After `scan`: from dout [tokens, P, HV / P, V] and dS to `grads`.
-
-        S and dS come as those after the segment's last token; dS is taken back in place.
-        """
-        d, C = self.decay, segment.chunk
-        # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
-        dO = self.dread[:, -C:]
-        self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
-        torch.bmm(d.query_scores.mT, dO, out=self.dR)
-        dG_after = (S * dS).sum(-1)  # Eq. B7
-        for step in reversed(self.steps):
-            dstate, dR = dS[: step.sequences].flatten(0, 1), self.dR[step.now]
-            torch.bmm(step.R, dstate.mT, out=self.dtails[step.now])
-            dR.baddbmm_(step.tails, dstate)
-            if step.inverse is not None:
-                dz = torch.bmm(step.inverse.mT, dR, out=self.dz[step.now])
-                torch.neg(dz, out=self.dread[step.now, :C])
-            if step.total is not None:
-                dstate.mul_(step.total)
-            dstate.baddbmm_(step.rows.mT, self.dread[step.now])
-        M, rows, W = self.dread.shape
-        columns = self.empty("columns", M, W, C).copy_(self.R.mT)
-        torch.bmm(self.dread, columns, out=d.dscores)
-        drows = self.empty("product", M, rows, self.layout.K)
-        torch.bmm(self.dread, self.states.mT, out=drows)
-        d.drows.flatten(0, 1).copy_(drows.transpose(0, 1))
-        d.dk.copy_(self.dtails.transpose(0, 1))
-        dG = d.backward()
-        if dG is not None and grads.log_decay is not None:
-            dlog_decay = self._sum_over_later(dG, dG_after)
-            self._write(segment, self._key_side(dlog_decay), grads.log_decay)
-        self._store_key_side(segment, inputs, grads)
-        self._store_value_side(segment, inputs, grads)
-
-    def _sum_over_later(self, dG: Tensor, after: Tensor) -> Tensor:
-        """Sum dG [C, M, K or 1] over later tokens; `after` [sequences, P, K]: of what follows."""
-        C, M, D = dG.shape
-        total = self.empty("decay gradient", C, M, D)
-        torch.mm(self.from_now_on, dG.flatten(1), out=total.flatten(1))
-        if D == 1:
-            after = after.sum(-1, keepdim=True)
-        for step in reversed(self.steps):
-            now, follows = total[:, step.now], after[: step.sequences].flatten(0, 1)
-            now += follows
-            follows.copy_(now[0])  # the first token has the sum of all
-        return total
-
-    def _store_key_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
-        d = self.decay
-        if inputs.erase is not None and grads.erase is not None:  # unfold the gate (Eq. 8)
-            de, dk = self._key_side(d.drows[0]), self._key_side(d.dk)
-            dk.addcmul_(de, self._read(segment, inputs.erase))
-            self._write(segment, de.mul_(self.k), grads.erase)
-        self._write(segment, self._key_side(d.drows[-1]).mul_(self.scale), grads.q)
-        self._write(segment, self._key_side(d.dk), grads.k)
-
-    def _store_value_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
-        dv = dz = self._value_side(self.dz.transpose(0, 1))
-        if inputs.write is not None and grads.write is not None:
-            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
-            self._write(segment, torch.mul(dz, v, out=self.z), grads.write)
-            dv = dz.mul_(write)
-        self._write(segment, dv, grads.v)
-
-    def _read(self, segment: Segment, x: Tensor) -> Tensor:
-        """x [tokens, ...] as [*order, *grid, ...], in the workspace's dtype."""
-        return segment.read(x, self.order).to(self.empty.dtype)
-
-    def _write(self, segment: Segment, x: Tensor, to: Tensor) -> None:
-        """x [*order, *grid, ...] to [tokens, ...], summed over those last axes that `to` lacks."""
-        for dim in (-2, -1):
-            if to.shape[dim] < x.shape[dim]:
-                x = x.sum(dim, keepdim=True)
-        segment.write(to, self.order, lambda part: part.copy_(x))
-
-    def _key_side(self, x: Tensor) -> Tensor:
-        """View a buffer [C, M, D] as [*order, *grid, H, G, D]."""
-        return self._as_tokens(x, self.layout.H, self.layout.P // self.layout.H)
-
-    def _value_side(self, x: Tensor) -> Tensor:
-        """View a buffer [C, M, W] as [*order, *grid, P, HV / P, V]."""
-        return self._as_tokens(x, self.layout.P).unflatten(-1, (-1, self.layout.V))
-
-    def _as_tokens(self, x: Tensor, *heads: int) -> Tensor:
-        return x.unflatten(1, (*self.grid, *heads)).unflatten(0, self.order.sizes)
+@torch.library.custom_op("gdn2::chunked_gated_delta_rule_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Returns the gradients of q, k, v, of those gates that there are, and of the state."""
+    operands = Operands(q, k, v, log_decay, erase, write)
+    layout = HeadLayout.of(q, v, log_decay, erase)
+    schedule = _schedule(layout, q, cu_seqlens)
+    inputs = layout.flat(operands)
+    grads = operands.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+    dinputs, dvalues = layout.flat(grads), layout.values(dout)
+    dS = layout.state_in(dstate, schedule, dout.device)
+    chunks_of = chunks_by_shape(layout, inputs, scale, keep=True)
+    kept = sum(segment.num_sequences for segment in schedule.segments)
+    with no_autocast(dout):
+        for segment in reversed(schedule.segments):
+            S = starts[kept - segment.num_sequences : kept].clone()
+            kept -= len(S)
+            chunks = chunks_of(segment)
+            chunks.load(segment, inputs)
+            chunks.scan(S)
+            chunks.backward(segment, inputs, dvalues, S, dS[segment.sequences], dinputs)
+    return [*(g for g in grads if g is not None), layout.state_out(dS, schedule)]
 
 
-def _chunks_by_shape(
-    layout: _Layout, inputs: Operands, scale: float, *, keep: bool
-) -> Callable[[Segment], _Chunks]:
-    """Return a function that finds the `_Chunks` for a segment: the same for all of one shape."""
-    empty, made = Workspace(layout.dtype, inputs.q.device), {}
-
-    def find(segment: Segment) -> _Chunks:
-        shape = segment.grid, segment.steps
-        if shape not in made:
-            made[shape] = _Chunks(segment, layout, inputs, scale, empty, keep=keep)
-        return made[shape]
-
-    return find
+@_backward.register_fake
+def _(dout, dstate, q, k, v, log_decay, erase, write, cu_seqlens, starts, scale):  # noqa: ARG001
+    layout = HeadLayout.of(q, v, log_decay, erase)
+    states = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
+    operands = (x for x in (q, k, v, log_decay, erase, write) if x is not None)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands]
+    return [*grads, q.new_empty(states, dtype=layout.dtype)]
 
 
-def _decay_class(log_decay: Tensor | None) -> type[NoDecay] | type[ChannelDecay]:
-    if log_decay is None:
-        return NoDecay
-    return HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay
+def _save(ctx, inputs, output):
+    *operands, state, cu_seqlens, ctx.scale, _ = inputs
+    ctx.has_state = state is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*operands, cu_seqlens, output[2])
+
+
+def _differentiate(ctx, dout, dstate, _):
+    check_first_order()
+    *operands, cu_seqlens, starts = (
+        ctx.saved_tensors
+    )  # once: a checkpoint recomputes at each access
+    if dout is None:
+        dout = torch.zeros_like(operands[2])
+    grads = iter(_backward(dout, dstate, *operands, cu_seqlens, starts, ctx.scale))
+    of_operands = [None if x is None else next(grads) for x in operands]
+    return *of_operands, next(grads) if ctx.has_state else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _schedule(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        bounds = [b * T for b in range(B + 1)]
+    else:
+        bounds = cu_seqlens.tolist()
+        check_bounds(bounds, T)
+    return build_schedule(
+        bounds, chunk=CHUNK, chunks_per_segment=_chunks_per_segment(layout), device=q.device
+    )
+
+
+def _chunks_per_segment(layout: HeadLayout) -> int:
+    return max(1, _SEGMENT_ELEMENTS // (layout.P * CHUNK * max(layout.K, layout.W)))
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _empty_starts(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> Tensor:
+    most = most_segment_starts(
+        _num_sequences(q, cu_seqlens),
+        q.shape[0] * q.shape[1],
+        packed=cu_seqlens is not None,
+        chunk=CHUNK,
+        chunks_per_segment=_chunks_per_segment(layout),
+    )
+    shape = (most if keep else 0, layout.P, layout.K, layout.W)
+    return q.new_empty(shape, dtype=layout.dtype)

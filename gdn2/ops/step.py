@@ -7,21 +7,46 @@ Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, 
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import Operands
+from gdn2.ops.contract import Operands, no_autocast, state_dtype
 
 
-@torch.no_grad()
 def gated_delta_step(
     x: Operands, scale: float, state: Tensor, state_indices: Tensor | None
 ) -> Tensor:
     """Advance `state` in place over the T tokens and return the outputs [B, T, HV, V]."""
-    if state_indices is None:
-        return _advance(x, scale, state)
+    return _step(*x, scale, state, state_indices)
+
+
+@torch.library.custom_op("gdn2::gated_delta_step", mutates_args={"state"})
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor | None,
+) -> Tensor:
+    x = Operands(q, k, v, log_decay, erase, write)
+    with no_autocast(q):
+        if state_indices is None:
+            return _advance(x, scale, state)
+        return _advance_slots(x, scale, state, state_indices)
+
+
+@_step.register_fake
+def _(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
+    return v.new_empty(v.shape, dtype=state_dtype(q.dtype))
+
+
+def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tensor) -> Tensor:
     live = (state_indices >= 0).nonzero().squeeze(1)
     slots = state_indices[live].long()
     rows = state[slots]
-    out = torch.zeros_like(x.v)
-    out[live] = _advance(x.map(lambda t: t[live]), scale, rows).to(out.dtype)
+    out = torch.zeros_like(x.v, dtype=state.dtype)
+    out[live] = _advance(x.map(lambda t: t[live]), scale, rows)
     state[slots] = rows
     return out
 

@@ -5,7 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn2.ops.chunk_schedule import Lattice, TokenOrder, build_schedule
+from gdn2.ops.chunk_schedule import (
+    Lattice,
+    TokenOrder,
+    build_schedule,
+    most_segment_starts,
+)
 
 CPU = torch.device("cpu")
 
@@ -57,15 +62,41 @@ def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment):
         assert got == list(range(bounds[n], bounds[n + 1]))
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(st.one_of(st.integers(0, 300), st.sampled_from([64, 100])), max_size=40),
+    st.integers(1, 40),
+)
+def test_segments_of_packed_sequences_start_from_few_states(lengths, chunks_per_segment):
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert_few_starts(bounds, chunks_per_segment, packed=True)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(0, 40), st.integers(0, 300), st.integers(1, 40))
+def test_segments_of_a_batch_start_from_few_states(B, T, chunks_per_segment):
+    assert_few_starts([b * T for b in range(B + 1)], chunks_per_segment, packed=False)
+
+
+def assert_few_starts(bounds, chunks_per_segment, *, packed):
+    sizes = {"chunk": 4, "chunks_per_segment": chunks_per_segment}
+    schedule = build_schedule(bounds, **sizes, device=CPU)
+    starts = sum(segment.num_sequences for segment in schedule.segments)
+    most = most_segment_starts(len(bounds) - 1, bounds[-1], packed=packed, **sizes)
+    assert starts <= most
+    if packed and chunks_per_segment >= 3:
+        assert most <= 2 * len(bounds) + bounds[-1] / 12
+
+
 def test_bits_are_reversed():
     assert TokenOrder(8, bits_reversed=True).times(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
     assert TokenOrder(8, bits_reversed=False).times(8).tolist() == list(range(8))
 
 
 def test_equal_sequences_are_read_through_a_view():
-    schedule = build_schedule([0, 64, 128, 192], chunk=16, chunks_per_segment=6, device=CPU)
+    schedule = build_schedule([0, 128, 256, 384], chunk=16, chunks_per_segment=12, device=CPU)
     places = [segment.place for segment in schedule.segments]
-    assert places == [Lattice(0, 64, 2, 3), Lattice(32, 64, 2, 3)]
+    assert places == [Lattice(0, 128, 4, 3), Lattice(64, 128, 4, 3)]
 
 
 def test_long_sequences_are_read_through_views_and_their_ends_together():

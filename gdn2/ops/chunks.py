@@ -1,0 +1,312 @@
+"""One segment's chunks: gates folded in, the scan over them, and the way back (Eqs. 18-25, B1-B7).
+
+Axes: n chunks of a segment, C tokens a chunk, H key heads, HV value heads, P heads that the
+products run over (H, with the values of HV / H heads side by side; HV where a key-side gate has HV
+heads), G = P / H, M = n P, Y kinds of row (erase, query), K key channels, V value channels,
+W = V HV / P. Buffers that enter products have M first, those of the key side the tokens (see
+`decayed_scores`, which also chooses the order of tokens there and along the rows of products).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn2.ops.chunk_schedule import Schedule, Segment, TokenOrder, Workspace
+from gdn2.ops.contract import Operands, state_dtype
+from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay, smallest_factor
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How heads and channels are arranged for the products: P and W of the module's axes."""
+
+    H: int
+    HV: int
+    P: int
+    K: int
+    V: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, q: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None
+    ) -> "HeadLayout":
+        H, K = q.shape[2:]
+        HV, V = v.shape[2:]
+        on_value_heads = any(x is not None and x.shape[2] != H for x in (log_decay, erase))
+        return cls(H, HV, HV if on_value_heads else H, K, V, state_dtype(q.dtype))
+
+    @property
+    def W(self) -> int:
+        return self.V * self.HV // self.P
+
+    def flat(self, x: Operands) -> Operands:
+        """The same memory as [tokens, heads, heads that share, channels], absent axes of size 1.
+
+        Key side [tokens, H, G or 1, K or 1], value side [tokens, P, HV / P, V or 1].
+        """
+
+        def gate(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.unsqueeze(-1) if x.ndim == 3 else x
+
+        def key_side(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten(0, 1).unflatten(1, (self.H, -1))
+
+        write = gate(x.write)
+        return Operands(
+            x.q.flatten(0, 1).unsqueeze(2),
+            x.k.flatten(0, 1).unsqueeze(2),
+            self.values(x.v),
+            key_side(gate(x.log_decay)),
+            key_side(gate(x.erase)),
+            None if write is None else self.values(write),
+        )
+
+    def values(self, v: Tensor) -> Tensor:
+        return v.flatten(0, 1).unflatten(1, (self.P, -1))
+
+    def state_in(self, state: Tensor | None, schedule: Schedule, device: torch.device) -> Tensor:
+        """States [N, HV, K, V] as a new [N, P, K, W] in the schedule's order; None is zeros."""
+        N, P, G = schedule.num_sequences, self.P, self.HV // self.P
+        if state is None:
+            return torch.zeros(N, P, self.K, self.W, dtype=self.dtype, device=device)
+        grouped = state.view(N, P, G, self.K, self.V).transpose(2, 3)
+        return schedule.rank(grouped.reshape(N, P, self.K, self.W))
+
+    def state_out(self, S: Tensor, schedule: Schedule) -> Tensor:
+        S = schedule.unrank(S).unflatten(-1, (-1, self.V)).transpose(2, 3)
+        return S.reshape(-1, self.HV, self.K, self.V).contiguous()
+
+
+class _Step(NamedTuple):
+    """Views of one step of the scan: the chunks `now` of M, those of the first `sequences`."""
+
+    sequences: int
+    now: slice
+    rows: Tensor
+    tails: Tensor
+    total: Tensor | None
+    inverse: Tensor | None
+    z: Tensor
+    read: Tensor
+    read_by_erase: Tensor
+    X: Tensor
+    R: Tensor
+
+
+class Chunks:
+    """The chunks of segments of one shape, with their buffers and views.
+
+    `load` folds the gates in, `scan` runs over the chunks; then follow `store`, or `backward`.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        layout: HeadLayout,
+        inputs: Operands,
+        scale: float,
+        empty: Workspace,
+        *,
+        keep: bool,
+    ):
+        self.layout, self.scale, self.empty, self.keep = layout, scale, empty, keep
+        self.grid, self.has_erase = segment.grid, inputs.erase is not None
+        C, P, K, W = segment.chunk, layout.P, layout.K, layout.W
+        M, Y = segment.num_chunks * P, 2 if self.has_erase else 1
+        kind = _decay_class(inputs.log_decay)
+        self.decay = d = kind(Y, C, M, K, empty, keep=keep)
+        self.order = TokenOrder(C, bits_reversed=kind.bits_reversed)
+        z = empty("z", C, M, W)
+        self.R = empty("R", M, C, W) if self.has_erase else z.transpose(0, 1)
+        self.read = empty("read", M, Y * C, W)  # what the rows read of the state
+        self.out = empty("out", M, C, W)
+        # As tokens lie in the inputs:
+        self.lowest = math.log(smallest_factor(empty.dtype))  # of log-decays: exp() is slow below
+        self.k, self.q = self._key_side(d.raw_k), self._key_side(d.raw_rows[-1])
+        self.e = self._key_side(d.raw_rows[0])
+        self.log_decay = self._key_side(d.log_decay)
+        self.z = self._value_side(z)
+        self.inside = self._value_side(self.out.transpose(0, 1))
+        self.before = self._value_side(self.read[:, -C:].transpose(0, 1))
+        if keep:
+            self.states = empty("states", M, K, W)
+            self.dread = empty("dread", M, Y * C, W)
+            self.dR = empty("dR", M, C, W)
+            self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
+            self.dtails = empty("dtails", M, C, K)
+            times = self.order.times(C).to(empty.device)
+            self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
+        self.steps = []
+        for first, count in segment.steps:
+            now = slice(first * P, (first + count) * P)
+            self.steps.append(
+                _Step(
+                    sequences=count,
+                    now=now,
+                    rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
+                    tails=d.tails.transpose(0, 1)[now],
+                    total=None if d.total is None else d.total[now].unsqueeze(-1),
+                    inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
+                    z=z.transpose(0, 1)[now],
+                    read=self.read[now],
+                    read_by_erase=self.read[now, :C],
+                    X=empty("X", count * P, C, W),
+                    R=self.R[now],
+                )
+            )
+
+    def load(self, segment: Segment, inputs: Operands) -> None:
+        """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
+        self.k.copy_(segment.read(inputs.k, self.order))
+        torch.mul(self._read(segment, inputs.q).expand_as(self.q), self.scale, out=self.q)
+        if inputs.erase is not None:
+            torch.mul(self.k, self._read(segment, inputs.erase), out=self.e)  # Eq. 8
+        if inputs.log_decay is not None:
+            log_decay = self._read(segment, inputs.log_decay).expand_as(self.log_decay)
+            torch.clamp(log_decay, min=self.lowest, out=self.log_decay)
+        self.decay.forward()
+        if inputs.write is None:
+            self.z.copy_(segment.read(inputs.v, self.order))
+        else:
+            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
+            torch.mul(v, write, out=self.z)
+
+    def scan(self, S: Tensor) -> None:
+        """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
+        for step in self.steps:
+            state = S[: step.sequences].flatten(0, 1)
+            if self.keep:
+                self.states[step.now] = state
+            torch.bmm(step.rows, state, out=step.read)
+            if step.inverse is not None:
+                torch.sub(step.z, step.read_by_erase, out=step.X)
+                torch.bmm(step.inverse, step.X, out=step.R)
+            if step.total is not None:
+                state.mul_(step.total)
+            state.baddbmm_(step.tails.mT, step.R)
+
+    def store(self, segment: Segment, out: Tensor) -> None:
+        """After `scan`: the outputs, to out [tokens, P, HV / P, V]."""
+        torch.bmm(self.decay.query_scores, self.R, out=self.out)
+        segment.write(out, self.order, lambda to: torch.add(self.inside, self.before, out=to))
+
+    def backward(
+        self,
+        segment: Segment,
+        inputs: Operands,
+        dout: Tensor,
+        S: Tensor,
+        dS: Tensor,
+        grads: Operands,
+    ) -> None:
+        """After `scan`: from dout [tokens, P, HV / P, V] and dS to `grads`.
+
+        S and dS come as those after the segment's last token; dS is taken back in place.
+        """
+        d, C = self.decay, segment.chunk
+        # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
+        dO = self.dread[:, -C:]
+        self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
+        torch.bmm(d.query_scores.mT, dO, out=self.dR)
+        dG_after = (S * dS).sum(-1)  # Eq. B7
+        for step in reversed(self.steps):
+            dstate, dR = dS[: step.sequences].flatten(0, 1), self.dR[step.now]
+            torch.bmm(step.R, dstate.mT, out=self.dtails[step.now])
+            dR.baddbmm_(step.tails, dstate)
+            if step.inverse is not None:
+                dz = torch.bmm(step.inverse.mT, dR, out=self.dz[step.now])
+                torch.neg(dz, out=self.dread[step.now, :C])
+            if step.total is not None:
+                dstate.mul_(step.total)
+            dstate.baddbmm_(step.rows.mT, self.dread[step.now])
+        M, rows, W = self.dread.shape
+        columns = self.empty("columns", M, W, C).copy_(self.R.mT)
+        torch.bmm(self.dread, columns, out=d.dscores)
+        drows = self.empty("product", M, rows, self.layout.K)
+        torch.bmm(self.dread, self.states.mT, out=drows)
+        d.drows.flatten(0, 1).copy_(drows.transpose(0, 1))
+        d.dk.copy_(self.dtails.transpose(0, 1))
+        dG = d.backward()
+        if dG is not None and grads.log_decay is not None:
+            dlog_decay = self._sum_over_later(dG, dG_after)
+            self._write(segment, self._key_side(dlog_decay), grads.log_decay)
+        self._store_key_side(segment, inputs, grads)
+        self._store_value_side(segment, inputs, grads)
+
+    def _sum_over_later(self, dG: Tensor, after: Tensor) -> Tensor:
+        """Sum dG [C, M, K or 1] over later tokens; `after` [sequences, P, K]: of what follows."""
+        C, M, D = dG.shape
+        total = self.empty("decay gradient", C, M, D)
+        torch.mm(self.from_now_on, dG.flatten(1), out=total.flatten(1))
+        if D == 1:
+            after = after.sum(-1, keepdim=True)
+        for step in reversed(self.steps):
+            now, follows = total[:, step.now], after[: step.sequences].flatten(0, 1)
+            now += follows
+            follows.copy_(now[0])  # the first token has the sum of all
+        return total
+
+    def _store_key_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
+        d = self.decay
+        if inputs.erase is not None and grads.erase is not None:  # unfold the gate (Eq. 8)
+            de, dk = self._key_side(d.drows[0]), self._key_side(d.dk)
+            dk.addcmul_(de, self._read(segment, inputs.erase))
+            self._write(segment, de.mul_(self.k), grads.erase)
+        self._write(segment, self._key_side(d.drows[-1]).mul_(self.scale), grads.q)
+        self._write(segment, self._key_side(d.dk), grads.k)
+
+    def _store_value_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
+        dv = dz = self._value_side(self.dz.transpose(0, 1))
+        if inputs.write is not None and grads.write is not None:
+            v, write = self._read(segment, inputs.v), self._read(segment, inputs.write)
+            self._write(segment, torch.mul(dz, v, out=self.z), grads.write)
+            dv = dz.mul_(write)
+        self._write(segment, dv, grads.v)
+
+    def _read(self, segment: Segment, x: Tensor) -> Tensor:
+        """x [tokens, ...] as [*order, *grid, ...], in the workspace's dtype."""
+        return segment.read(x, self.order).to(self.empty.dtype)
+
+    def _write(self, segment: Segment, x: Tensor, to: Tensor) -> None:
+        """x [*order, *grid, ...] to [tokens, ...], summed over those last axes that `to` lacks."""
+        for dim in (-2, -1):
+            if to.shape[dim] < x.shape[dim]:
+                x = x.sum(dim, keepdim=True)
+        segment.write(to, self.order, lambda part: part.copy_(x))
+
+    def _key_side(self, x: Tensor) -> Tensor:
+        """View a buffer [C, M, D] as [*order, *grid, H, G, D]."""
+        return self._as_tokens(x, self.layout.H, self.layout.P // self.layout.H)
+
+    def _value_side(self, x: Tensor) -> Tensor:
+        """View a buffer [C, M, W] as [*order, *grid, P, HV / P, V]."""
+        return self._as_tokens(x, self.layout.P).unflatten(-1, (-1, self.layout.V))
+
+    def _as_tokens(self, x: Tensor, *heads: int) -> Tensor:
+        return x.unflatten(1, (*self.grid, *heads)).unflatten(0, self.order.sizes)
+
+
+def chunks_by_shape(
+    layout: HeadLayout, inputs: Operands, scale: float, *, keep: bool
+) -> Callable[[Segment], Chunks]:
+    """Return a function that finds the `Chunks` for a segment: the same for all of one shape."""
+    empty, made = Workspace(layout.dtype, inputs.q.device), {}
+
+    def find(segment: Segment) -> Chunks:
+        shape = segment.grid, segment.steps
+        if shape not in made:
+            made[shape] = Chunks(segment, layout, inputs, scale, empty, keep=keep)
+        return made[shape]
+
+    return find
+
+
+def _decay_class(log_decay: Tensor | None) -> type[NoDecay] | type[ChannelDecay]:
+    if log_decay is None:
+        return NoDecay
+    return HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay

@@ -1,0 +1,101 @@
+"""Blocks under torch.compile and under FSDP2: the same numbers as without."""
+
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+from gdn2.models import Gdn2Config
+from gdn2.models.modeling import Block, Gdn2ForCausalLM
+
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
+    ),
+]
+
+
+def small_config() -> Gdn2Config:
+    return Gdn2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        mixers=["gdn2", "sliding_attention"],
+        num_heads=2,
+        num_v_heads=2,
+        head_k_dim=16,
+        head_v_dim=16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        sliding_window=16,
+        intermediate_size=48,
+    )
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_compiles_whole(backend):
+    torch.manual_seed(0)
+    block = Block(small_config(), "gdn2")
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    results = []
+    for f in (block, compiled):
+        y, _ = f(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    for want, got in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decode_step_compiles_whole(backend):
+    torch.manual_seed(0)
+    block = Block(small_config(), "gdn2").eval()
+    with torch.no_grad():
+        _, state = block(torch.randn(3, 20, 32))
+        torch._dynamo.reset()
+        compiled = torch.compile(block.step, backend=backend, fullgraph=True)
+        other = deepcopy(state)
+        for x in torch.randn(3, 3, 32):
+            y, state = block.step(x, state)
+            got, other = compiled(x, other)
+            assert_close(got, y)
+    for got, want in zip(other, state, strict=True):
+        assert_close(got, want)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_model_has_the_same_gradients():
+    torch.manual_seed(0)
+    model = Gdn2ForCausalLM(small_config())
+    sharded = deepcopy(model)
+    for block in sharded.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    tokens = torch.randint(0, 64, (2, 40))
+    bounds = torch.tensor([0, 13, 80])
+    for cu_seqlens in (None, bounds):
+        ids = tokens if cu_seqlens is None else tokens.view(1, -1)
+        for m in (model, sharded):
+            m.zero_grad()
+            m(input_ids=ids, cu_seqlens=cu_seqlens).logits.square().sum().backward()
+        for (name, p), q in zip(model.named_parameters(), sharded.parameters(), strict=True):
+            assert p.grad is not None, name
+            assert_close(q.grad.full_tensor(), p.grad)
