@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 UNFINISHED = ".tmp"
 
@@ -19,7 +19,7 @@ UNFINISHED = ".tmp"
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of `folder`, made if absent; the system unlocks it at any death."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,8 +31,30 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make it, if absent; ValueError where the path can not be that of a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"{folder} can not be a folder: {reason}; choose another") from error
+
+
 def write_json(path: Path, data: object) -> None:
-    write_file(path, json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n")
+    """Bytes of file names that are not UTF-8 are surrogates, which get JSON's own escape."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    write_file(path, text.encode(errors="backslashreplace") + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError names a file that holds anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(data).__name__}")
+    return data
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -1,11 +1,10 @@
 """What an unfinished folder knows: the request it answers and the sections that are finished."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gdn2.data.durable import UNFINISHED, write_json
-from gdn2.data.shards import Shard
+from gdn2.data.durable import UNFINISHED, read_json, write_json
+from gdn2.data.shards import SPLITS, Shard
 from gdn2.data.sources import START, Position
 
 JOURNAL = "journal.json.tmp"  # gone when the folder is complete
@@ -28,13 +27,35 @@ class Journal:
         """The folder's journal, a new one if there is none; ValueError if it is for another."""
         path = folder / JOURNAL
         if path.is_file():
-            journal = cls(folder, **json.loads(path.read_bytes()))
-            refuse_differences(folder, journal.request, request)
-            return journal
+            journal = cls._read(folder)
+            if journal.sections or (folder / "tokenizer").is_dir():
+                refuse_differences(folder, journal.request, request)
+                return journal
         if folder.is_dir() and any(not file.name.endswith(UNFINISHED) for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and was not begun by prepare: use another")
         journal = cls(folder, request)
         journal._save()
+        return journal
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Journal":
+        path = folder / JOURNAL
+        data = read_json(path)
+        try:
+            journal = cls(folder, **data)
+            shards = [shard for split in SPLITS for shard in journal.shards(split)]
+            texts = [source["name"] for source in journal.request["sources"]]
+            objects = [journal.request["options"], *(s["skipped"] for s in journal.sections)]
+            whole = (
+                all(shard.is_plausible() for shard in shards)
+                and all(isinstance(text, str) for text in texts)
+                and all(isinstance(item, dict) for item in objects)
+                and all(type(number) is int for number in journal.next)
+            )
+        except (TypeError, LookupError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is damaged: delete {folder}, or use another folder")
         return journal
 
     @property

@@ -41,7 +41,8 @@ class Samples:
         if not 1 <= seq_len <= dataset.num_tokens:
             raise ValueError(
                 f"seq_len must be in 1..{dataset.num_tokens}, the tokens of "
-                f"{dataset.folder / dataset.split}, got {seq_len}"
+                f"{dataset.folder / dataset.split}, got {seq_len}: take shorter sequences or "
+                "prepare more text"
             )
         self.dataset = dataset
         self.seq_len = seq_len

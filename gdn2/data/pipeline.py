@@ -35,6 +35,7 @@ from gdn2.data.shards import (
 from gdn2.data.sources import Corpus, Position, find_source
 from gdn2.data.tokenize import (
     DEFAULT_VOCAB_SIZE,
+    MAX_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
     SEPARATOR_TOKEN,
     TOKENIZER,
@@ -127,10 +128,10 @@ def _tokenizer_options(tokenizer: str | os.PathLike | None, vocab_size: int | No
         checksum = sha256_of(find_tokenizer(tokenizer))
         return {"tokenizer": checksum, "separator": separator_token, "vocab_size": None}
     vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-    if vocab_size < MIN_VOCAB_SIZE:
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the separator), "
-            f"got {vocab_size}"
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the separator) and at "
+            f"most {MAX_VOCAB_SIZE:,}, got {vocab_size}"
         )
     return {"tokenizer": None, "separator": SEPARATOR_TOKEN, "vocab_size": vocab_size}
 

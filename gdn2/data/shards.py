@@ -8,7 +8,6 @@ A file has its final name only when it is complete. The manifest comes last.
 """
 
 import hashlib
-import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from gdn2.data.durable import (
     commit,
     naming_full_disk,
     open_for_writing,
+    read_json,
     write_file,
     write_json,
 )
@@ -48,6 +48,18 @@ class Shard:
     @property
     def index(self) -> str:
         return self.file + ".index"
+
+    def is_plausible(self) -> bool:
+        """Whether the types are right, no count is negative, and the file lies in the folder."""
+        texts = (self.file, self.sha256, self.index_sha256)
+        counts = (self.tokens, self.documents, self.bytes)
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(type(count) is int and count >= 0 for count in counts)
+            and self.documents > 0
+            and not Path(self.file).is_absolute()
+            and ".." not in Path(self.file).parts
+        )
 
     def check(self, folder: Path, dtype: np.dtype) -> None:
         """Raise ValueError naming a file that is missing, truncated or of other documents."""
@@ -107,6 +119,29 @@ class Manifest:
     skipped: dict[str, int]
     splits: dict[str, Split]
 
+    def implausible(self) -> str | None:
+        """What can not be, in words; checksums of the files are another matter."""
+        if not (type(self.vocab_size) is int and 0 < self.vocab_size <= 2**32):
+            return f"vocab_size is {self.vocab_size!r}"
+        if self.dtype != token_dtype(self.vocab_size).name:
+            return f"dtype is {self.dtype!r}, for a vocab_size of {self.vocab_size}"
+        if not (type(self.separator) is int and 0 <= self.separator < self.vocab_size):
+            return f"separator is {self.separator!r}, of {self.vocab_size} tokens"
+        if not isinstance(self.tokenizer_sha256, str):
+            return f"tokenizer_sha256 is {self.tokenizer_sha256!r}"
+        if not (isinstance(self.options, dict) and isinstance(self.skipped, dict)):
+            return "options and skipped are not both objects"
+        if any(not isinstance(source, dict) or "name" not in source for source in self.sources):
+            return "sources are not all named"
+        if set(self.splits) != set(SPLITS):
+            return f"splits are {', '.join(self.splits) or 'none'}, not {', '.join(SPLITS)}"
+        for name, split in self.splits.items():
+            if not all(shard.is_plausible() for shard in split.shards):
+                return f"shards of {name} are not all files with a size"
+            if split != Split.of(split.shards):
+                return f"totals of {name} are not the sums of its shards"
+        return None
+
     def save(self, folder: Path) -> None:
         write_json(folder / MANIFEST, asdict(self))
 
@@ -116,17 +151,24 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: not a folder that prepare finished")
+    data = read_json(path)
+    if data.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is not a manifest of prepared data: version must be {VERSION}, "
+            f"got {data.get('version')}"
+        )
     try:
-        data = json.loads(path.read_bytes())
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}, this gdn2 reads version {VERSION}")
         splits = {
             name: Split(**split | {"shards": tuple(Shard(**s) for s in split["shards"])})
-            for name, split in data.pop("splits").items()
+            for name, split in data["splits"].items()
         }
-        return Manifest(**data | {"sources": tuple(data["sources"]), "splits": splits})
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = Manifest(**data | {"sources": tuple(data["sources"]), "splits": splits})
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of prepared data: {error}") from error
+    wrong = manifest.implausible()
+    if wrong:
+        raise ValueError(f"{path} is damaged: its {wrong}. Prepare the folder again")
+    return manifest
 
 
 class ShardWriter:

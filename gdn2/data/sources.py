@@ -92,6 +92,8 @@ class Source:
 def find_source(name: str | os.PathLike, out: Path) -> Source:
     """Resolve `stdlib`, a file or a folder. `out` must not lie inside the folder."""
     name = os.fspath(name)
+    if not name:
+        raise ValueError("a source must be a file, a folder or stdlib, got an empty name")
     if name == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in _walk(root, without=STDLIB_FOLDERS_LEFT_OUT) if f.endswith(".py")]
@@ -110,6 +112,10 @@ def find_source(name: str | os.PathLike, out: Path) -> Source:
                 f"{name} has no file that ends in {', '.join(sorted(FOLDER_SUFFIXES))} (or those "
                 f"with .gz or .zst); found: {ignored}"
             )
+    elif os.path.lexists(name):
+        raise ValueError(
+            f"source {name} must be a file or a folder: a pipe or a device can not be read twice"
+        )
     else:
         raise FileNotFoundError(f"source {name} does not exist")
     for file in files:
@@ -235,7 +241,7 @@ def _read_jsonl(path: Path, column: str, start: int) -> Iterator[Record]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{item + 1} is not JSON: {error}") from error
             if not isinstance(record, dict) or column not in record:
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__

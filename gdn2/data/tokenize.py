@@ -1,6 +1,5 @@
 """Text to ids: train a byte-level BPE or adopt a given tokenizer; separator before every text."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,11 +8,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gdn2.data.durable import write_file, write_json
+from gdn2.data.durable import read_json, write_file, write_json
 
 SEPARATOR_TOKEN = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
 MIN_VOCAB_SIZE = 257  # 256 bytes and the separator
+MAX_VOCAB_SIZE = 2**20  # the library that trains takes memory for all of them at once
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 COPIED = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -84,8 +84,11 @@ def _separator_token(file: Path, tokenizer: Tokenizer) -> str:
     config = _config_beside(file)
     for name in ("bos_token", "eos_token"):
         token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{name} beside {file} must be a text, got {token!r}")
         if token:
-            return token["content"] if isinstance(token, dict) else token
+            return token
     special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
     for token in (*USUAL_BOS, *USUAL_EOS):
         if token in special and not config:
@@ -102,10 +105,7 @@ def _config_beside(file: Path) -> dict:
     if file.name == TOKENIZER:
         for name in ("special_tokens_map.json", CONFIG):
             if (file.parent / name).is_file():
-                try:
-                    config |= json.loads((file.parent / name).read_bytes())
-                except ValueError as error:
-                    raise ValueError(f"{file.parent / name} is not JSON: {error}") from error
+                config |= read_json(file.parent / name)
     return config
 
 

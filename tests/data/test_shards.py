@@ -47,7 +47,12 @@ def test_manifest_round_trip(tmp_path, write_dataset):
 
 @pytest.mark.parametrize(
     ("contents", "message"),
-    [("{", "is not a manifest"), ("[]", "is not a manifest"), ('{"version": 99}', "version 99")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object, got list"),
+        ('{"version": 99}', "version must be 1, got 99"),
+        ('{"version": 1}', "is not a manifest"),
+    ],
 )
 def test_broken_manifest_is_named(tmp_path, contents, message):
     (tmp_path / "manifest.json").write_text(contents)
