@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ AUTO_MAP = {
     "AutoModel": f"{REMOTE_CODE}.Gdn2Model",
     "AutoModelForCausalLM": f"{REMOTE_CODE}.Gdn2ForCausalLM",
 }
+# Sizes beyond these are typing errors. The bytes of a weight still fit into 64 bits.
+LARGEST = 2**28
+MOST_LAYERS = 10_000
 # What transformers itself passes beside its dataclass fields, or writes into a config.json.
 HF_KEYS = {f.name for f in dataclasses.fields(PretrainedConfig)} | {
     "attn_implementation",
@@ -110,10 +114,14 @@ class Gdn2Config(PretrainedConfig):
             if not (_is_int(value) and value > 0) and not (optional and value is None):
                 also = " or None" if optional else ""
                 raise ValueError(f"{name} must be a positive integer{also}, got {value!r}")
+            largest = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+            if value is not None and value > largest:
+                raise ValueError(f"{name} must be at most {largest:,}, got {value:,}")
         for name in ("rope_theta", "norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive finite number, got {value!r}")
         for name in ("tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -130,16 +138,43 @@ class Gdn2Config(PretrainedConfig):
                 f"got {self.output_gate!r}"
             )
         rank = self.output_gate_rank
-        if rank not in (None, "native") and not (_is_int(rank) and rank > 0):
+        if rank not in (None, "native") and not (_is_int(rank) and 0 < rank <= LARGEST):
             raise ValueError(
                 'output_gate_rank must be "native" (the mixer\'s own), None (full) or a positive '
-                f"integer, got {rank!r}"
+                f"integer up to {LARGEST:,}, got {rank!r}"
             )
+        self._check_widths()
+        self._check_token_ids()
         if self.attention_head_dim % 2:
             raise ValueError(
                 f"attention_head_dim must be even (rotary pairs), got {self.attention_head_dim}"
             )
         self._check_mixers()
+
+    def _check_widths(self) -> None:
+        v_heads, v_dim = self.num_v_heads or self.num_heads, self.head_v_dim or self.head_k_dim
+        for names, heads, dim in (
+            ("num_heads x head_k_dim", self.num_heads, self.head_k_dim),
+            ("num_v_heads x head_v_dim", v_heads, v_dim),
+            (
+                "num_attention_heads x attention_head_dim",
+                self.num_attention_heads,
+                self.attention_head_dim,
+            ),
+        ):
+            if heads * dim > LARGEST:
+                raise ValueError(f"{names} must be at most {LARGEST:,}, got {heads:,} x {dim:,}")
+
+    def _check_token_ids(self) -> None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            for token in ids:
+                if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
+                    raise ValueError(
+                        f"{name} must be a token below vocab_size = {self.vocab_size:,} or None, "
+                        f"got {value!r}"
+                    )
 
     def _check_mixers(self) -> None:
         if not isinstance(self.mixers, list | tuple) or not self.mixers:

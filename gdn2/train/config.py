@@ -18,6 +18,8 @@ from typing import Any, Literal, get_type_hints
 from gdn2.models import Gdn2Config
 from gdn2.train.settings import conform, parse
 
+MOST_TOKENS = 2**31 - 1  # of a step: packed sequences are counted in int32
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -60,6 +62,11 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _positive("schedule", self, "total_tokens", "tokens_per_step")
+        if self.tokens_per_step > MOST_TOKENS:
+            raise ValueError(
+                f"schedule.tokens_per_step must be at most {MOST_TOKENS:,}, "
+                f"got {self.tokens_per_step:,}"
+            )
         if not 0 <= self.warmup_tokens <= self.total_tokens:
             raise ValueError(
                 f"schedule.warmup_tokens must lie between 0 and total_tokens "
@@ -117,6 +124,8 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         self.micro_batches(ranks=1)
 
     @property
@@ -174,11 +183,14 @@ def run_from_dict(tree: Mapping[str, Any]) -> Run:
 
 def override_all(run: Run, assignments: Iterable[str]) -> Run:
     """The run with every ``a.b=value`` applied together, so that their order does not matter."""
-    tree = run_to_dict(run)
+    tree, given = run_to_dict(run), set()
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"an override is written a.b=value, got {assignment!r}")
+        if path in given:
+            raise ValueError(f"{path} is given twice")
+        given.add(path)
         section, _, name = path.partition(".")
         kind = _kind_of(_RUN_KINDS, section, "Run")
         kinds = _section_kinds(kind)

@@ -50,7 +50,8 @@ def _fit(value: Any, kind: Any) -> Any:
     elif kind is int and number and value % 1 == 0:
         return int(value)
     elif kind is float and number:
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     elif origin is tuple and Ellipsis not in args:
         if several and len(value) == len(args):
             return tuple(map(_fit, value, args))
@@ -69,7 +70,7 @@ def _readings(text: str) -> Iterator[Any]:
         with suppress(ValueError):
             yield number(text)
     if text.startswith(("[", "{")):
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, RecursionError):
             yield json.loads(text)
     elif "," in text:
         yield [next(_readings(part.strip())) for part in text.split(",")]
@@ -77,4 +78,12 @@ def _readings(text: str) -> Iterator[Any]:
 
 
 def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    """An annotation as it is written: int | 'native' | None."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_name, args))
+    if kind is type(None):
+        return "None"
+    return kind.__name__ if isinstance(kind, type) and not args else str(kind)
