@@ -16,9 +16,9 @@ The protocol, the same for every model:
   in the last two; only longer documents reach them, so the buckets are not the same text.
 """
 
-import json
 import math
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from rich.progress import track
 from rich.table import Table
 
 from gdn2.data import TokenDataset, load_encoder
-from gdn2.data.durable import write_json
+from gdn2.data.durable import make_folder, read_json, write_file, write_json
 from gdn2.data.shards import MANIFEST
+from gdn2.models.configuration import LARGEST
 from gdn2.models.loading import load_checkpoint
 
 EXTRAPOLATION = 4  # longest context, in training lengths
@@ -72,9 +73,12 @@ def evaluate(model: Any, dataset: TokenDataset, *, sequence_length: int) -> dict
                 inputs.to(device), labels.to(device), cu_seqlens=cu_seqlens.to(device)
             )
         position = np.concatenate([np.arange(length) for length in lengths])
-        nats += np.bincount(position, losses[0].double().cpu().numpy(), minlength=context)
-        targets += np.bincount(position, minlength=context)
+        longest = max(lengths)
+        nats[:longest] += np.bincount(position, losses[0].double().cpu().numpy())
+        targets[:longest] += np.bincount(position)
     loss = float(nats.sum() / targets.sum())
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the mean loss is {loss}: the weights of this model are no good")
     return {
         "loss": loss,
         "bits_per_byte": float(nats.sum() / math.log(2) / dataset.num_bytes),
@@ -105,15 +109,14 @@ def evaluate_checkpoint(
     encoded is refused: its ids mean other text.
     """
     model, chosen = load_checkpoint(checkpoint)
-    record = _training_record(chosen)
-    sequence_length = model.config.max_position_embeddings
-    if record:
-        sequence_length = record["run"]["data"]["sequence_length"]
-    data = data or _training_data(chosen, record)
+    trained_on, length = _training_record(chosen)
+    sequence_length = length or model.config.max_position_embeddings
+    data = data or _training_data(chosen, trained_on)
     dataset = TokenDataset(data, "validation")
     theirs, ours = load_encoder(data / "tokenizer"), load_encoder(chosen)
     if (theirs.separator, theirs.tokenizer.to_str()) != (ours.separator, ours.tokenizer.to_str()):
         raise ValueError(f"{data} was encoded with another tokenizer than that of {chosen}")
+    make_folder(out)  # before all the work
     model.to(device)  # type: ignore[arg-type]  # the wrapper's annotation drops `self`
     result = evaluate(model, dataset, sequence_length=sequence_length)
     result |= {
@@ -171,22 +174,33 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['bits_per_byte']:.3f} bits per byte, {result['tokens']:,} tokens")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_file(path, picture.getvalue())
 
 
-def _training_record(folder: Path) -> dict[str, Any]:
-    """What training wrote beside the weights; nothing for weights from elsewhere."""
+def _training_record(folder: Path) -> tuple[str | None, int | None]:
+    """The data and the sequence length of the training; nothing for weights from elsewhere."""
     path = folder / "run.json"
+    if not path.is_file():
+        return None, None
+    record = read_json(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        data, length = record["data"]["path"], record["run"]["data"]["sequence_length"]
+    except (LookupError, TypeError):
+        data, length = None, None
+    if not (isinstance(data, str) and type(length) is int and 0 < length <= LARGEST):
+        raise ValueError(
+            f"{path} is damaged: it must have data.path and run.data.sequence_length, "
+            f"got {data!r} and {length!r}"
+        )
+    return data, length
 
 
-def _training_data(folder: Path, record: dict[str, Any]) -> Path:
-    if not record:
+def _training_data(folder: Path, trained_on: str | None) -> Path:
+    if trained_on is None:
         raise ValueError(f"{folder} does not say what it was trained on; give --data DIR")
-    data = Path(record["data"]["path"])
+    data = Path(trained_on)
     if not (data / MANIFEST).is_file():
         raise ValueError(f"{folder} was trained on {data}, which is not there now; give --data DIR")
     return data

@@ -13,8 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers.utils import logging
 
 from gdn2.models.configuration import Gdn2Config
+from gdn2.models.device import naming_full_memory
 from gdn2.models.modeling import Gdn2ForCausalLM
 
 STEP = re.compile(r"step_\d+")
@@ -39,19 +41,60 @@ def load_checkpoint(path: str | Path) -> tuple[Gdn2ForCausalLM, Path]:
         RuntimeError: it holds one that is damaged.
     """
     folder = find_checkpoint(Path(path))
-    config = Gdn2Config.from_pretrained(folder)
+    try:
+        config = Gdn2Config.from_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is wrong: {error}") from error
     if (folder / ".metadata").is_file():
         with torch.device("meta"):
             model = Gdn2ForCausalLM(config)
-        model.to_empty(device="cpu")
+        with naming_full_memory(f"the model of {folder}"):
+            model.to_empty(device="cpu")
         model.tie_weights()
         read_step(folder, {"model": model.state_dict()})
     else:
-        try:
-            model = Gdn2ForCausalLM.from_pretrained(folder, config=config)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise RuntimeError(f"cannot read {folder}: {error}") from error
+        model = _read_hugging_face(folder, config)
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise RuntimeError(
+            f"cannot read {folder}: {_few(broken)} holds numbers that are not finite"
+        )
     return model.eval(), folder
+
+
+def _read_hugging_face(folder: Path, config: Gdn2Config) -> Gdn2ForCausalLM:
+    """Every weight of the model and nothing else; `from_pretrained` would draw what is missing."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report of differences is ours
+    logging.disable_progress_bar()
+    try:
+        with naming_full_memory(f"the model of {folder}"):
+            loaded: Any = Gdn2ForCausalLM.from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RuntimeError(f"cannot read {folder}: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    model, report = loaded
+    other = [name for name, *_ in report["mismatched_keys"]]
+    for flaw, names in (
+        ("does not hold", report["missing_keys"]),
+        ("also holds", report["unexpected_keys"]),
+        ("has another shape of", other),
+    ):
+        if names:
+            raise RuntimeError(
+                f"cannot read {folder}: it {flaw} {_few(sorted(names))}. Are config.json and the "
+                "weights of one model?"
+            )
+    return model
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_step(folder: Path, state: dict[str, Any]) -> None:
@@ -60,6 +103,7 @@ def read_step(folder: Path, state: dict[str, Any]) -> None:
     Raises RuntimeError, naming `folder`, if it is damaged or does not hold them.
     """
     try:
+        dcp.FileSystemReader(folder).read_metadata()  # `load` logs at length what it finds wrong
         with one_process():
             dcp.load(state, checkpoint_id=folder, no_dist=True)
     except DAMAGE as error:
@@ -89,9 +133,10 @@ def find_checkpoint(path: Path) -> Path:
         path = path / "final"
     config = path / "config.json"
     try:
-        model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    except ValueError as error:
+        settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is not JSON: {error}") from error
+    model_type = settings.get("model_type") if isinstance(settings, dict) else settings
     if model_type is None:
         raise ValueError(
             f"no checkpoint in {path}: expected a run with checkpoints/step_* or final/, "

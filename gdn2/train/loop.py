@@ -31,7 +31,7 @@ from gdn2.train.checkpoint import Checkpoints, write_folder
 from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
-from gdn2.train.parallel import autocast, prepare_device, to_device
+from gdn2.train.parallel import autocast, naming_full_memory, prepare_device, to_device
 from gdn2.train.record import describe_run, differences, read_record, refuse_another_run
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
@@ -68,9 +68,6 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
         print(f"{out} is finished after {run.total_steps} steps; its model is in {final}")
         return
     checkpoints.tidy()
-    if not step:
-        write_json(out / "config.json", record)
-
     samples = Samples(
         TokenDataset(data, "train"),
         seq_len=run.data.sequence_length,
@@ -79,12 +76,16 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
     )
     validation = validation_batches(run, data)
     torch.manual_seed(run.seed)
-    model = AutoModelForCausalLM.from_config(run.model, dtype=torch.float32).to(device).train()
+    with naming_full_memory(f"a model of hidden_size {run.model.hidden_size:,}"):
+        model = AutoModelForCausalLM.from_config(run.model, dtype=torch.float32)
+        model = model.to(device).train()
     if run.parallel.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, run.optim)
     if step:
         checkpoints.load(step, model, optimizer)
+    else:
+        write_json(out / "config.json", record)
 
     def write_about(folder: Path) -> None:
         """What makes a folder readable on its own: tokenizer, model configuration, run."""

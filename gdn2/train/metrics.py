@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -96,11 +97,17 @@ def truncate(path: Path, step: int) -> None:
     end = 0
     if path.exists():
         with path.open("rb+") as file:
-            for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") or _step(path, number, line) > step:
                     break
                 end += len(line)
             file.truncate(end)
+
+
+def _step(path: Path, number: int, line: bytes) -> int:
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
+        return int(json.loads(line)["step"])
+    raise RuntimeError(f"{path}:{number} is damaged: put it right, or delete what follows")
 
 
 def plot_loss(metrics: Path, target: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gdn2.data import Batch
-from gdn2.models.device import prepare_device
+from gdn2.models.device import naming_full_memory, prepare_device
 
-__all__ = ["autocast", "prepare_device", "to_device"]
+__all__ = ["autocast", "naming_full_memory", "prepare_device", "to_device"]
 
 
 def autocast(device: torch.device) -> torch.autocast:

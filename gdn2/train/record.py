@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any
 
 import gdn2
 from gdn2.data import Manifest
-from gdn2.data.durable import UNFINISHED
+from gdn2.data.durable import UNFINISHED, read_json
 from gdn2.train.config import Run, run_to_dict
 
 # A resumed run may change these: none changes what a step computes, beyond its rounding.
@@ -47,10 +46,10 @@ def describe_run(run: Run, manifest: Manifest, data: Path) -> dict[str, Any]:
 def read_record(out: Path) -> dict[str, Any] | None:
     """What the run in ``out`` began as; None if ``out`` is empty, ValueError if it is not a run."""
     path = out / "config.json"
-    if path.exists():
+    if path.is_file():
         with suppress(ValueError):
-            record = json.loads(path.read_text())
-            if isinstance(record, dict) and {"run", "data"} <= record.keys():
+            record = read_json(path)
+            if isinstance(record.get("run"), dict) and isinstance(record.get("data"), dict):
                 return record
     elif all(file.name.endswith(UNFINISHED) for file in out.iterdir()):  # left by a kill
         return None
@@ -67,7 +66,7 @@ def refuse_another_run(out: Path, began: dict[str, Any], record: dict[str, Any])
             f"--out, or undo: {'; '.join(changed)}"
         )
     if old["data"] != new["data"]:
-        what = [name for name in old["data"] if old["data"][name] != new["data"][name]]
+        what = [name for name in new["data"] if old["data"].get(name) != new["data"][name]]
         raise ValueError(
             f"{out} was trained on other data (different {' and '.join(what)}) than "
             f"{record['data']['path']}. Choose another --out, or give it the data it began with"
