@@ -19,7 +19,7 @@ _CACHE_LINES_APART = 17
 
 
 class Workspace:
-    """Buffers by name, made once a call and used again by every segment.
+    """Buffers by name, which the segments of a call share.
 
     Fresh memory costs a page fault for every 4 KB, which takes longer than computing on it.
     """
@@ -29,7 +29,11 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, zero: bool = False) -> Tensor:
-        """A tensor that shares memory with the last one of that name; `zero` at the first use."""
+        """A tensor that shares memory with the last one of that name, unless that was too small.
+
+        zero: new memory is zeros. A user that leaves some of them finds them again, as long as the
+        last axes are those of the last user.
+        """
         size, buffer = math.prod(shape), self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             # Buffers that start at the same offset of a page compete for the same cache lines.
@@ -52,6 +56,7 @@ class TokenOrder:
     """
 
     def __init__(self, C: int, *, bits_reversed: bool):
+        assert C & (C - 1) == 0, f"the tokens of a chunk must be a power of two, got {C}"
         by_bits = [(2, 2**i) for i in range(C.bit_length() - 1)]
         split = by_bits if bits_reversed and by_bits else [(C, 1)]
         self.sizes, self.distances = zip(*split, strict=True)
@@ -162,55 +167,71 @@ class Schedule:
 
     Attributes:
         segments: for a group of sequences from their first to their last chunks, group by group.
-        order: the sequence at each rank (steps count sequences by rank, longest first); None when
-            that is the given order.
+        by_length: the sequence at each rank (steps count sequences by rank, longest first); None
+            when that is the given order.
     """
 
     segments: list[Segment]
     num_sequences: int
-    order: Tensor | None
+    by_length: Tensor | None
 
     def rank(self, state: Tensor) -> Tensor:
         """Copy states ``[N, ...]`` from the caller's order to the order of ranks."""
-        return state.clone() if self.order is None else state[self.order]
+        if self.by_length is not None:
+            state = state[self.by_length]
+        return state.clone(memory_format=torch.contiguous_format)
 
     def unrank(self, state: Tensor) -> Tensor:
         """Undo `rank`."""
-        if self.order is None:
+        if self.by_length is None:
             return state
         given = torch.empty_like(state)
-        given[self.order] = state
+        given[self.by_length] = state
         return given
 
 
 def build_schedule(
-    bounds: list[int], *, chunk: int, chunks_per_segment: int, device: torch.device
+    bounds: list[int],
+    *,
+    chunk: int,
+    chunks_per_segment: int,
+    side_by_side: int,
+    device: torch.device,
 ) -> Schedule:
-    """Cut the sequences between `bounds` of the flat token axis into chunks and segments."""
+    """Cut the sequences between `bounds` of the flat token axis into chunks and segments.
+
+    side_by_side: how many equal sequences may share segments that they go beyond.
+    """
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    sequences = [(bounds[n], lengths[n]) for n in order]
-    segments = list(_cut(sequences, chunk, chunks_per_segment, device))
-    in_order = order == list(range(len(order)))
-    ranks = None if in_order else torch.tensor(order, device=device)
+    by_length = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    sequences = [(bounds[n], lengths[n]) for n in by_length]
+    segments = list(_cut(sequences, chunk, chunks_per_segment, side_by_side, device))
+    in_order = by_length == list(range(len(by_length)))
+    ranks = None if in_order else torch.tensor(by_length, device=device)
     return Schedule(segments, len(sequences), ranks)
 
 
 def most_segment_starts(
-    num_sequences: int, tokens: int, *, packed: bool, chunk: int, chunks_per_segment: int
+    num_sequences: int, tokens: int, *, chunk: int, chunks_per_segment: int, side_by_side: int
 ) -> int:
-    """Upper bound for the sequences of all segments together, without a look at boundaries."""
-    if packed:  # Where a segment has a next one, it has room for three chunks of each sequence.
-        return 2 * num_sequences + -(-tokens // (chunk * min(3, chunks_per_segment)))
+    """Upper bound for the sequences of all segments together, without a look at the boundaries.
+
+    Of any sequences for ``side_by_side = 1``, else of equal ones.
+    """
+    if side_by_side == 1:
+        return 2 * num_sequences + -(-tokens // (chunk * chunks_per_segment))
     chunks = tokens // max(num_sequences, 1) // chunk
-    at_once = chunks_per_segment // max(
-        1, min(num_sequences, max(chunks_per_segment // max(chunks, 1), chunks_per_segment // 4))
-    )
-    return num_sequences * (1 + -(-chunks // max(at_once, 1)))
+    together = max(side_by_side, chunks_per_segment // max(chunks, 1))
+    at_once = max(1, chunks_per_segment // max(1, min(num_sequences, together)))
+    return num_sequences * (1 + -(-chunks // at_once))
 
 
 def _cut(
-    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int, device: torch.device
+    sequences: list[tuple[int, int]],
+    chunk: int,
+    chunks_per_segment: int,
+    side_by_side: int,
+    device: torch.device,
 ) -> Iterator[Segment]:
     """Segments of all (start, length), sorted by falling length.
 
@@ -219,7 +240,7 @@ def _cut(
     """
     rest: list[tuple[int, int]] = []
     rank, rest_of_lattices = 0, False
-    for run in _regular_runs(sequences, chunk, chunks_per_segment):
+    for run in _regular_runs(sequences, chunk, chunks_per_segment, side_by_side):
         start, length = run[0]
         full = length // chunk
         is_lattice = 2 * len(run) * full >= chunks_per_segment
@@ -240,32 +261,24 @@ def _cut(
 
 
 def _regular_runs(
-    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int
+    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int, side_by_side: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Neighbours of equal length at equal distances upwards, as many as a segment should have."""
+    """Neighbours of equal length at equal distances upwards that may share segments."""
     run: list[tuple[int, int]] = []
     for start, length in sequences:
-        fits = (
+        regular = (
             run
             and length == run[0][1]
             and start >= run[-1][0]
             and (len(run) == 1 or start - run[-1][0] == run[1][0] - run[0][0])
-            and _room_for(len(run), (len(run) + 1) * (length // chunk), chunks_per_segment)
         )
-        if run and not fits:
+        chunks = (len(run) + 1) * (length // chunk)
+        if run and not (regular and (len(run) < side_by_side or chunks <= chunks_per_segment)):
             yield run
             run = []
         run.append((start, length))
     if run:
         yield run
-
-
-def _room_for(sequences: int, chunks: int, chunks_per_segment: int) -> bool:
-    """Whether a segment that has `sequences` may take one more, with `chunks` then in all of them.
-
-    All of them to their end, or at least four chunks of each.
-    """
-    return chunks <= chunks_per_segment or 4 * (sequences + 1) <= chunks_per_segment
 
 
 def _gather(
@@ -275,43 +288,32 @@ def _gather(
     chunks_per_segment: int,
     device: torch.device,
 ) -> Iterator[Segment]:
-    """Segments of short sequences, in groups; `rank` is that of the first."""
+    """Segments of short sequences, which they hold whole; `rank` is that of the first."""
     group: list[tuple[int, int]] = []
     chunks = 0
     for start, length in sequences:
         own = max(1, -(-length // chunk))
-        if group and not _room_for(len(group), chunks + own, chunks_per_segment):
-            yield from _gather_group(group, rank, chunk, chunks_per_segment, device)
+        if group and chunks + own > chunks_per_segment:
+            yield from _gathered_segment(group, rank, chunk, device)
             rank += len(group)
             group, chunks = [], 0
         group.append((start, length))
         chunks += own
-    yield from _gather_group(group, rank, chunk, chunks_per_segment, device)
+    yield from _gathered_segment(group, rank, chunk, device)
 
 
-def _gather_group(
-    group: list[tuple[int, int]],
-    rank: int,
-    chunk: int,
-    chunks_per_segment: int,
-    device: torch.device,
+def _gathered_segment(
+    group: list[tuple[int, int]], rank: int, chunk: int, device: torch.device
 ) -> Iterator[Segment]:
+    """One segment for the whole group; none where no sequence has a token."""
     steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of each step's chunks
     for offset in range(0, max((length for _, length in group), default=0), chunk):
         step = [(start + offset, min(chunk, length - offset)) for start, length in group]
         while step[-1][1] <= 0:
             step.pop()
-        if steps and sum(map(len, steps)) + len(step) > chunks_per_segment:
-            yield _gathered_segment(steps, rank, chunk, device)
-            steps = []
         steps.append(step)
-    if steps:
-        yield _gathered_segment(steps, rank, chunk, device)
-
-
-def _gathered_segment(
-    steps: list[list[tuple[int, int]]], rank: int, chunk: int, device: torch.device
-) -> Segment:
+    if not steps:
+        return
     firsts = accumulate((len(step) for step in steps), initial=0)
     counts = tuple((first, len(step)) for first, step in zip(firsts, steps, strict=False))
     runs = torch.tensor([run for step in steps for run in step], device=device)
@@ -320,4 +322,4 @@ def _gathered_segment(
     taken = row < size
     tokens = (first + row).where(taken, 0).flatten()
     place = Scattered(tokens, *(x.flatten().nonzero().squeeze(1) for x in (taken, ~taken)))
-    return Segment(slice(rank, rank + len(steps[0])), counts, chunk, place)
+    yield Segment(slice(rank, rank + len(steps[0])), counts, chunk, place)

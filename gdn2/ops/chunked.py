@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: matrix products in plain PyTorch, on any device (Eqs. 18-25).
+"""The gated delta rule in chunks: matrix products in plain PyTorch, on any device (Eqs. 18-24).
 
 With the rows E, Q and the columns k decayed within a chunk as `decayed_scores` does it,
 
@@ -22,9 +22,15 @@ from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Schedule, build_schedule, most_segment_starts
 from gdn2.ops.chunks import HeadLayout, chunks_by_shape
-from gdn2.ops.contract import Operands, check_bounds, check_first_order, no_autocast
+from gdn2.ops.contract import (
+    Operands,
+    check_bounds,
+    check_first_order,
+    check_no_tangent,
+    no_autocast,
+)
 
-CHUNK = 32
+CHUNK = 32  # a power of two
 _SEGMENT_ELEMENTS = 2**18  # of one [M, C, K or W] buffer: about a megabyte, to stay in cache
 
 
@@ -33,6 +39,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """All sequences in chunks; see the public `gated_delta_rule`."""
     tensors = (*x, state)
+    check_no_tangent(tensors)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out, state, _ = _forward(*tensors, cu_seqlens, scale, keep)
     return out, state
@@ -58,7 +65,7 @@ def _forward(
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     S = layout.state_in(state, schedule, q.device)
     starts = _empty_starts(layout, q, cu_seqlens, keep)
-    chunks_of, kept = chunks_by_shape(layout, inputs, scale, keep=False), 0
+    chunks_of, kept = chunks_by_shape(schedule, layout, inputs, scale, keep=False), 0
     with no_autocast(q):
         for segment in schedule.segments:
             state = S[segment.sequences]
@@ -106,7 +113,7 @@ def _backward(
     grads = operands.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
     dinputs, dvalues = layout.flat(grads), layout.values(dout)
     dS = layout.state_in(dstate, schedule, dout.device)
-    chunks_of = chunks_by_shape(layout, inputs, scale, keep=True)
+    chunks_of = chunks_by_shape(schedule, layout, inputs, scale, keep=True)
     kept = sum(segment.num_sequences for segment in schedule.segments)
     with no_autocast(dout):
         for segment in reversed(schedule.segments):
@@ -115,7 +122,7 @@ def _backward(
             chunks = chunks_of(segment)
             chunks.load(segment, inputs)
             chunks.scan(S)
-            chunks.backward(segment, inputs, dvalues, S, dS[segment.sequences], dinputs)
+            chunks.backward(segment, inputs, dvalues, dS[segment.sequences], dinputs)
     return [*(g for g in grads if g is not None), layout.state_out(dS, schedule)]
 
 
@@ -158,13 +165,13 @@ def _schedule(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Sched
     else:
         bounds = cu_seqlens.tolist()
         check_bounds(bounds, T)
-    return build_schedule(
-        bounds, chunk=CHUNK, chunks_per_segment=_chunks_per_segment(layout), device=q.device
-    )
+    return build_schedule(bounds, **_sizes(layout, cu_seqlens), device=q.device)
 
 
-def _chunks_per_segment(layout: HeadLayout) -> int:
-    return max(1, _SEGMENT_ELEMENTS // (layout.P * CHUNK * max(layout.K, layout.W)))
+def _sizes(layout: HeadLayout, cu_seqlens: Tensor | None) -> dict[str, int]:
+    chunks = max(1, _SEGMENT_ELEMENTS // (layout.P * CHUNK * max(layout.K, layout.W)))
+    side_by_side = max(1, chunks // 4) if cu_seqlens is None else 1
+    return {"chunk": CHUNK, "chunks_per_segment": chunks, "side_by_side": side_by_side}
 
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -173,11 +180,7 @@ def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _empty_starts(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> Tensor:
     most = most_segment_starts(
-        _num_sequences(q, cu_seqlens),
-        q.shape[0] * q.shape[1],
-        packed=cu_seqlens is not None,
-        chunk=CHUNK,
-        chunks_per_segment=_chunks_per_segment(layout),
+        _num_sequences(q, cu_seqlens), q.shape[0] * q.shape[1], **_sizes(layout, cu_seqlens)
     )
     shape = (most if keep else 0, layout.P, layout.K, layout.W)
     return q.new_empty(shape, dtype=layout.dtype)

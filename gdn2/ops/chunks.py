@@ -1,4 +1,4 @@
-"""One segment's chunks: gates folded in, the scan over them, and the way back (Eqs. 18-25, B1-B7).
+"""One segment's chunks: gates folded in, the scan over them, and the way back (Eqs. 18-24, B1-B7).
 
 Axes: n chunks of a segment, C tokens a chunk, H key heads, HV value heads, P heads that the
 products run over (H, with the values of HV / H heads side by side; HV where a key-side gate has HV
@@ -126,9 +126,10 @@ class Chunks:
         self.read = empty("read", M, Y * C, W)  # what the rows read of the state
         self.out = empty("out", M, C, W)
         # As tokens lie in the inputs:
-        self.lowest = math.log(smallest_factor(empty.dtype))  # of log-decays: exp() is slow below
+        # What is lower becomes zero; exp() itself is slow where its result is denormal.
+        self.lowest = math.log(smallest_factor(empty.dtype)) - 1.0
         self.k, self.q = self._key_side(d.raw_k), self._key_side(d.raw_rows[-1])
-        self.e = self._key_side(d.raw_rows[0])
+        self.e = self._key_side(d.raw_rows[0])  # only where there is an erase gate
         self.log_decay = self._key_side(d.log_decay)
         self.z = self._value_side(z)
         self.inside = self._value_side(self.out.transpose(0, 1))
@@ -139,6 +140,7 @@ class Chunks:
             self.dR = empty("dR", M, C, W)
             self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
             self.dtails = empty("dtails", M, C, K)
+            self.dG_end = empty("decay gradient at the end", M, K)
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
         self.steps = []
@@ -200,22 +202,23 @@ class Chunks:
         segment: Segment,
         inputs: Operands,
         dout: Tensor,
-        S: Tensor,
         dS: Tensor,
         grads: Operands,
     ) -> None:
         """After `scan`: from dout [tokens, P, HV / P, V] and dS to `grads`.
 
-        S and dS come as those after the segment's last token; dS is taken back in place.
+        dS comes as that after the segment's last token, and is taken back in place.
         """
         d, C = self.decay, segment.chunk
         # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
         dO = self.dread[:, -C:]
         self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
         torch.bmm(d.query_scores.mT, dO, out=self.dR)
-        dG_after = (S * dS).sum(-1)  # Eq. B7
         for step in reversed(self.steps):
             dstate, dR = dS[: step.sequences].flatten(0, 1), self.dR[step.now]
+            product = self.empty("product", *dstate.shape)
+            torch.mul(dstate, self.states[step.now], out=product)
+            torch.sum(product, -1, out=self.dG_end[step.now])
             torch.bmm(step.R, dstate.mT, out=self.dtails[step.now])
             dR.baddbmm_(step.tails, dstate)
             if step.inverse is not None:
@@ -231,25 +234,21 @@ class Chunks:
         torch.bmm(self.dread, self.states.mT, out=drows)
         d.drows.flatten(0, 1).copy_(drows.transpose(0, 1))
         d.dk.copy_(self.dtails.transpose(0, 1))
+        if d.total is not None:  # Eq. B7
+            product = torch.mul(d.tails, d.dk, out=self.empty("product", *d.dk.shape))
+            self.dG_end.mul_(d.total).add_(product.sum(0))
         dG = d.backward()
         if dG is not None and grads.log_decay is not None:
-            dlog_decay = self._sum_over_later(dG, dG_after)
-            self._write(segment, self._key_side(dlog_decay), grads.log_decay)
+            self._write(segment, self._key_side(self._sum_over_later(dG)), grads.log_decay)
         self._store_key_side(segment, inputs, grads)
         self._store_value_side(segment, inputs, grads)
 
-    def _sum_over_later(self, dG: Tensor, after: Tensor) -> Tensor:
-        """Sum dG [C, M, K or 1] over later tokens; `after` [sequences, P, K]: of what follows."""
-        C, M, D = dG.shape
-        total = self.empty("decay gradient", C, M, D)
+    def _sum_over_later(self, dG: Tensor) -> Tensor:
+        """Sum dG [C, M, K or 1] over the chunk's later tokens and its end."""
+        total = self.empty("decay gradient", *dG.shape)
         torch.mm(self.from_now_on, dG.flatten(1), out=total.flatten(1))
-        if D == 1:
-            after = after.sum(-1, keepdim=True)
-        for step in reversed(self.steps):
-            now, follows = total[:, step.now], after[: step.sequences].flatten(0, 1)
-            now += follows
-            follows.copy_(now[0])  # the first token has the sum of all
-        return total
+        end = self.dG_end
+        return total.add_(end if dG.shape[-1] == end.shape[-1] else end.sum(-1, keepdim=True))
 
     def _store_key_side(self, segment: Segment, inputs: Operands, grads: Operands) -> None:
         d = self.decay
@@ -292,7 +291,7 @@ class Chunks:
 
 
 def chunks_by_shape(
-    layout: HeadLayout, inputs: Operands, scale: float, *, keep: bool
+    schedule: Schedule, layout: HeadLayout, inputs: Operands, scale: float, *, keep: bool
 ) -> Callable[[Segment], Chunks]:
     """Return a function that finds the `Chunks` for a segment: the same for all of one shape."""
     empty, made = Workspace(layout.dtype, inputs.q.device), {}
@@ -303,6 +302,8 @@ def chunks_by_shape(
             made[shape] = Chunks(segment, layout, inputs, scale, empty, keep=keep)
         return made[shape]
 
+    if schedule.segments:  # the largest first: its buffers then serve all others
+        find(max(schedule.segments, key=lambda segment: segment.num_chunks))
     return find
 
 

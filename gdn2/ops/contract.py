@@ -1,11 +1,12 @@
 """What every backend is given: the operands of the gated delta rule, checked once at the door."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Operands(NamedTuple):
@@ -137,6 +138,21 @@ def check_first_order() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "this backward has no gradient of its own (create_graph=True); of the operator, "
+            "gated_delta_rule(..., backend='reference') has"
+        )
+
+
+def check_no_tangent(tensors: Iterable[Tensor | None]) -> None:
+    """Refuse forward-mode differentiation, which would silently give zeros.
+
+    Raises:
+        NotImplementedError: one of `tensors` carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "this operator has no forward-mode derivative (torch.func.jvp); "
             "gated_delta_rule(..., backend='reference') has"
         )
 

@@ -30,9 +30,9 @@ from gdn2.ops.triangular import BlockInverse, split_strictly_lower
 
 
 def smallest_factor(dtype: torch.dtype) -> float:
-    """A product of decays below this is taken for zero.
+    """Decays, and rows and columns that decayed, are zero where they are smaller than this.
 
-    Denormal numbers are up to a hundred times slower, in products above all. The margin keeps their
+    Denormal numbers are up to a hundred times slower, in products above all. The margin keeps
     products with keys and states out of that range too.
     """
     return 1e-300 if dtype == torch.float64 else 1e-30
@@ -112,7 +112,7 @@ class HeadDecay(NoDecay):
     def forward(self) -> None:
         self._meet()
         M, _, C = self.scores.shape
-        decay, tiny = self.log_decay.exp(), smallest_factor(self.log_decay.dtype)
+        decay, tiny = self.log_decay.exp_(), smallest_factor(self.log_decay.dtype)
         # between[r, s] = product of decay over s < i <= r: exact to a few rounding errors however
         # strong the decay, which the exponential of a sum is not.
         between = decay.transpose(0, 1).where(self.below, 1.0).cumprod(1).tril_()  # [M, C, C]
@@ -172,7 +172,7 @@ class ChannelDecay:
         self.total = self.total.squeeze(0)
 
     def forward(self) -> None:
-        self.decay.exp_()
+        F.threshold(self.decay.exp_(), smallest_factor(self.decay.dtype), 0.0, inplace=True)
         product = self.empty("product", *self.raw_k.shape)
         torch.mul(self.raw_rows[-1], self.raw_k, out=product)
         self.itself.copy_(product.sum(-1))
@@ -212,8 +212,8 @@ class _Merge:
         self.merged = self.total.view(b, K)
         self.upper = x.rows.view(Y * h, 2, b, K)[:, 1]
         self.lower = x.tails.view(h, 2, b, K)[:, 0]
-        # One token: a sum. MKL is far slower where it must transpose the factor of small products,
-        # but for the smallest, which want the other order.
+        # Of one token: a sum. Of two and four: columns by rows; of more: rows by columns, which are
+        # copied first. MKL is up to ten times slower in other forms of such small products.
         self.swapped = 1 < h <= 4
         self.rows, self.columns = self.upper.transpose(0, 1), self.lower.permute(1, 2, 0)
         if h == 1:

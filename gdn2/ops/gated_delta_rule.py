@@ -40,8 +40,8 @@ def gated_delta_rule(
         S_t  = S'_t + k_t (write_t * v_t - S'_t^T (erase_t * k_t))^T  erase and write
         o_t  = scale * S_t^T q_t                                      read
 
-    No normalisation is applied to q or k, and no other scale. Inputs must be finite: where one is
-    not, outputs before it need not be finite either.
+    No normalisation is applied to q or k, and no other scale. Inputs must be finite, and so
+    must what becomes of them: where something overflows, outputs before it need not be finite.
 
     Args:
         q, k: ``[B, T, H, K]``, one floating dtype shared with v.

@@ -15,19 +15,34 @@ from gdn2.ops.chunk_schedule import (
 CPU = torch.device("cpu")
 
 
+def schedule_of(bounds, chunks_per_segment, *, chunk=16, side_by_side=1, device=CPU):
+    return build_schedule(
+        bounds,
+        chunk=chunk,
+        chunks_per_segment=chunks_per_segment,
+        side_by_side=side_by_side,
+        device=device,
+    )
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.lists(st.one_of(st.integers(0, 40), st.sampled_from([8, 16])), max_size=8),
     st.sampled_from([1, 4, 8]),
     st.integers(1, 12),
+    st.sampled_from([1, 3]),
     st.booleans(),
 )
 def test_reading_and_writing_all_segments_is_the_identity(
-    lengths, chunk, chunks_per_segment, bits_reversed
+    lengths, chunk, chunks_per_segment, side_by_side, bits_reversed
 ):
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     schedule = build_schedule(
-        bounds, chunk=chunk, chunks_per_segment=chunks_per_segment, device=CPU
+        bounds,
+        chunk=chunk,
+        chunks_per_segment=chunks_per_segment,
+        side_by_side=side_by_side,
+        device=CPU,
     )
     order = TokenOrder(chunk, bits_reversed=bits_reversed)
     x = torch.arange(bounds[-1] * 6.0).view(-1, 2, 3) + 1
@@ -44,10 +59,10 @@ def test_reading_and_writing_all_segments_is_the_identity(
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 70), max_size=8), st.integers(1, 12))
-def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment):
+@given(st.lists(st.integers(0, 70), max_size=8), st.integers(1, 12), st.integers(1, 3))
+def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment, side_by_side):
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    schedule = build_schedule(bounds, chunk=4, chunks_per_segment=chunks_per_segment, device=CPU)
+    schedule = schedule_of(bounds, chunks_per_segment, chunk=4, side_by_side=side_by_side)
     order = TokenOrder(4, bits_reversed=False)
     tokens = torch.arange(bounds[-1]) + 1
     scanned = [[] for _ in lengths]
@@ -56,7 +71,7 @@ def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment):
         for first, count in segment.steps:
             for i in range(count):
                 scanned[segment.sequences.start + i] += chunks[first + i].tolist()
-    ranks = range(len(lengths)) if schedule.order is None else schedule.order.tolist()
+    ranks = range(len(lengths)) if schedule.by_length is None else schedule.by_length.tolist()
     for rank, n in enumerate(ranks):
         got = [token - 1 for token in scanned[rank] if token]
         assert got == list(range(bounds[n], bounds[n + 1]))
@@ -69,23 +84,25 @@ def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment):
 )
 def test_segments_of_packed_sequences_start_from_few_states(lengths, chunks_per_segment):
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    assert_few_starts(bounds, chunks_per_segment, packed=True)
+    assert_few_starts(bounds, chunks_per_segment, side_by_side=1)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.integers(0, 40), st.integers(0, 300), st.integers(1, 40))
-def test_segments_of_a_batch_start_from_few_states(B, T, chunks_per_segment):
-    assert_few_starts([b * T for b in range(B + 1)], chunks_per_segment, packed=False)
+@given(st.integers(0, 40), st.integers(0, 300), st.integers(1, 40), st.integers(1, 10))
+def test_segments_of_a_batch_start_from_few_states(B, T, chunks_per_segment, side_by_side):
+    assert_few_starts([b * T for b in range(B + 1)], chunks_per_segment, side_by_side)
 
 
-def assert_few_starts(bounds, chunks_per_segment, *, packed):
-    sizes = {"chunk": 4, "chunks_per_segment": chunks_per_segment}
-    schedule = build_schedule(bounds, **sizes, device=CPU)
+def assert_few_starts(bounds, chunks_per_segment, side_by_side):
+    schedule = schedule_of(bounds, chunks_per_segment, chunk=4, side_by_side=side_by_side)
     starts = sum(segment.num_sequences for segment in schedule.segments)
-    most = most_segment_starts(len(bounds) - 1, bounds[-1], packed=packed, **sizes)
-    assert starts <= most
-    if packed and chunks_per_segment >= 3:
-        assert most <= 2 * len(bounds) + bounds[-1] / 12
+    assert starts <= most_segment_starts(
+        len(bounds) - 1,
+        bounds[-1],
+        chunk=4,
+        chunks_per_segment=chunks_per_segment,
+        side_by_side=side_by_side,
+    )
 
 
 def test_bits_are_reversed():
@@ -94,13 +111,13 @@ def test_bits_are_reversed():
 
 
 def test_equal_sequences_are_read_through_a_view():
-    schedule = build_schedule([0, 128, 256, 384], chunk=16, chunks_per_segment=12, device=CPU)
+    schedule = schedule_of([0, 128, 256, 384], 12, side_by_side=3)
     places = [segment.place for segment in schedule.segments]
     assert places == [Lattice(0, 128, 4, 3), Lattice(64, 128, 4, 3)]
 
 
 def test_long_sequences_are_read_through_views_and_their_ends_together():
-    schedule = build_schedule([0, 50, 55, 100], chunk=16, chunks_per_segment=2, device=CPU)
+    schedule = schedule_of([0, 50, 55, 100], 2)
     *bodies, ends, short = [segment.place for segment in schedule.segments]
     assert bodies == [Lattice(0, 0, 2, 1), Lattice(32, 0, 1, 1), Lattice(55, 0, 2, 1)]
     assert ends.tokens[ends.taken].tolist() == [48, 49, *range(87, 100)]
@@ -110,11 +127,11 @@ def test_long_sequences_are_read_through_views_and_their_ends_together():
 def test_indices_are_made_on_the_tensors_device():
     # A short chunk needs indices; the meta device shows where they would be made.
     with pytest.raises(NotImplementedError, match="nonzero"):
-        build_schedule([0, 20], chunk=16, chunks_per_segment=4, device=torch.device("meta"))
+        schedule_of([0, 20], 4, device=torch.device("meta"))
 
 
 def test_ranks_are_undone():
-    schedule = build_schedule([0, 3, 3, 20], chunk=4, chunks_per_segment=4, device=CPU)
+    schedule = schedule_of([0, 3, 3, 20], 4, chunk=4)
     states = torch.randn(3, 2)
-    assert schedule.order.tolist() == [2, 0, 1]
+    assert schedule.by_length.tolist() == [2, 0, 1]
     assert torch.equal(schedule.unrank(schedule.rank(states)), states)

@@ -242,6 +242,71 @@ def test_only_inputs_and_one_state_a_segment_are_kept_for_the_backward():
     assert sum(kept) <= (states + 1) * case.HV * case.K * case.V
 
 
+def reordered(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same numbers in memory of another order, with gaps."""
+    order = torch.randperm(x.ndim, generator=generator).tolist()
+    wide = torch.empty(*(x.shape[i] for i in order), 2, dtype=x.dtype)
+    view = wide[..., 1].permute([order.index(i) for i in range(x.ndim)])
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_memory_layout_does_not_matter(layout, seed):
+    case = Case(**LAYOUTS[layout])
+    generator = torch.Generator().manual_seed(seed)
+    inputs = make_inputs(case)
+    bounds = case.cu_seqlens and torch.tensor(case.cu_seqlens)
+
+    def results(arrange):
+        leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+        views = {n: arrange(x) for n, x in leaves.items()}
+        out, state = gated_delta_rule(**views, cu_seqlens=bounds)
+        upstream = [
+            arrange(torch.linspace(-1, 1, x.numel()).view(x.shape).to(x)) for x in (out, state)
+        ]
+        return [out, state, *torch.autograd.grad([out, state], list(leaves.values()), upstream)]
+
+    plain = results(lambda x: x)
+    other = results(lambda x: Reordered.apply(x, generator))
+    for a, b in zip(plain, other, strict=True):
+        assert error(b, a) < 1e-12
+
+
+class Reordered(torch.autograd.Function):
+    """`reordered`; so is the gradient, which then reaches the operator in that order."""
+
+    @staticmethod
+    def forward(ctx, x, generator):
+        return reordered(x, generator)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, None
+
+
+def test_one_tensor_may_be_expanded_and_used_twice():
+    k = torch.nn.functional.normalize(torch.randn(2, 70, 1, 8, dtype=torch.float64), dim=-1)
+    gate = torch.rand(1, 70, 1, 1, dtype=torch.float64)
+    results = []
+    for backend in ("reference", "chunked"):
+        x, w = k.clone().requires_grad_(), gate.clone().requires_grad_()
+        wide, gates = x.expand(2, 70, 3, 8), w.expand(2, 70, 3, 8)
+        out, state = gated_delta_rule(
+            wide, wide, wide, log_decay=-gates, erase=gates, write=gates, backend=backend
+        )
+        results.append([out, *torch.autograd.grad(out.sum() + state.sum(), [x, w])])
+    for true, got in zip(*results, strict=True):
+        assert error(got, true) < 1e-12
+
+
+def test_forward_mode_is_refused():
+    x = make_inputs(Case(B=1, T=4))
+    q, rest = x.pop("q"), x
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: gated_delta_rule(q, **rest)[0], (q,), (q,))
+
+
 def test_gradients_of_gradients_are_refused():
     inputs = {n: x.requires_grad_() for n, x in make_inputs(Case(B=1, T=4)).items()}
     out, _ = gated_delta_rule(**inputs, backend="chunked")
