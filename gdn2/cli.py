@@ -96,26 +96,45 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts = [args.prompt] if args.prompts is None else _read_prompts(args.prompts)
-    from gdn2.evals.sampling import Sampling, sample_text
+    prompts = _prompts(args)
+    texts = len(prompts) * args.fork
+    if args.fork < 1:
+        raise ValueError(f"--fork must be at least 1, got {args.fork}")
+    if args.fork > 1 and args.greedy:
+        raise ValueError("--fork with --greedy would write the same text again and again")
+    if args.save_state and texts > 1:
+        raise ValueError(f"--save-state is for the state behind one text, got {texts} texts")
+    from gdn2.evals.sampling import Sampling, write_texts
 
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "greedy", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in options})
 
     from gdn2.data import load_encoder
+    from gdn2.data.durable import write_file
     from gdn2.models.device import prepare_device
     from gdn2.models.loading import load_checkpoint
+    from gdn2.models.memory import load_memory
 
     prepare_device(args.device)
+    if args.save_state:
+        _try_to_write(args.save_state)
     model, chosen = load_checkpoint(args.checkpoint)
     encoder = load_encoder(chosen)
     print(f"gdn2: {chosen}", file=sys.stderr)
     model.to(args.device)
-    for index, prompt in enumerate(prompts):
-        if index:
-            print()
-        sample_text(model, encoder, prompt, sampling, on_text=_print_at_once)
-        print()
+    memory = write_texts(
+        model,
+        encoder,
+        prompts,
+        sampling,
+        forks=args.fork,
+        start=load_memory(args.load_state, model) if args.load_state else None,
+        on_prompt=_print_at_once if args.prompt_file is None else None,
+        on_text=_print_at_once,
+    )
+    if args.save_state:
+        write_file(args.save_state, memory.to_bytes(model))
+        print(f"gdn2: wrote {args.save_state}, {memory.length:,} tokens", file=sys.stderr)
 
 
 def _print_at_once(text: str) -> None:
@@ -163,14 +182,36 @@ def _resolve_run(preset: str, overrides: Sequence[str]) -> Any:
     return gdn2.train.override_all(load_preset(preset), overrides)
 
 
-def _read_prompts(path: Path) -> list[str]:
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        return [args.prompt]
+    if args.prompt_file is not None:
+        return [_read_text("--prompt-file", args.prompt_file)]
+    if args.prompts is not None:
+        prompts = _read_text("--prompts", args.prompts).splitlines()
+        if not prompts:
+            raise ValueError(f"--prompts {args.prompts} has no line")
+        return prompts
+    if args.load_state is None:
+        raise ValueError("generate needs one of --prompt, --prompts, --prompt-file, --load-state")
+    return [""]
+
+
+def _read_text(option: str, path: Path) -> str:
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is not UTF-8: {error}") from error
-    if not prompts:
-        raise ValueError(f"--prompts {path} has no line")
-    return prompts
+        raise ValueError(f"{option} {path} is not UTF-8: {error}") from error
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise now what would be raised after the work."""
+    from gdn2.data.durable import open_for_writing
+
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file to write")
+    with open_for_writing(path) as stream:
+        Path(stream.name).unlink()
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -192,7 +233,8 @@ def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str
     takes_them = parser.get_default("overrides") is not None
     wrong = [text for text in rest if not takes_them or text.startswith("-") or "=" not in text]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        hint = "; settings are a.b=value" if takes_them else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
     return list(rest)
 
 
@@ -268,14 +310,41 @@ def _build_parser() -> argparse.ArgumentParser:
         "Continue a prompt; the text goes to stdout as it comes, and nothing else does.",
         "runs/debug --prompt 'import '\n"
         "runs/debug --prompts prompts.txt --temperature 0.8 --top-p 0.95 --seed 1\n"
-        "runs/debug --prompt 'def ' --greedy --max-new-tokens 64",
+        "runs/debug --prompt 'def ' --greedy --max-new-tokens 64\n"
+        "runs/debug --prompt-file book.txt --max-new-tokens 0 --save-state book.state\n"
+        "runs/debug --load-state book.state --prompt 'In the end ' --fork 3",
     )
     _add_checkpoint(sub)
-    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt = sub.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", type=_utf8, metavar="TEXT", help="start of a document, may be empty"
     )
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    prompt.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="one prompt of any length; it is read in pieces and not printed",
+    )
+    sub.add_argument(
+        "--load-state",
+        type=Path,
+        metavar="FILE",
+        help="go on from this state; a prompt then follows what made it",
+    )
+    sub.add_argument(
+        "--save-state",
+        type=Path,
+        metavar="FILE",
+        help="keep the state behind the text, of constant size (safetensors)",
+    )
+    sub.add_argument(
+        "--fork",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N continuations of each prompt, with the seeds SEED, SEED + 1, ... (default: 1)",
+    )
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
     sub.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens")

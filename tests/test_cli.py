@@ -11,6 +11,7 @@ import torch
 
 from gdn2 import cli
 from gdn2.data import load_manifest
+from gdn2.models import load_checkpoint
 
 TEXT = "The gate opens and the state decays. The gate closes and the state remains.\n"
 TINY_RUN = (
@@ -91,7 +92,19 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("generate RUN --prompts EMPTY", "has no line"),
         ("generate RUN --prompts LATIN", "is not UTF-8"),
         ("generate nowhere --prompt a", "nowhere"),
-        ("generate RUN --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
+        ("generate RUN --prompt-file LATIN", "--prompt-file"),
+        ("generate RUN --prompt-file nowhere.txt", "nowhere.txt"),
+        ("generate RUN --load-state nowhere", "nowhere"),
+        ("generate RUN --load-state TEXTS", "is damaged or not the memory of a model"),
+        ("generate RUN --load-state WEIGHTS", "is not the memory of a model"),
+        ("generate RUN --load-state DIR", "is a folder"),
+        ("generate RUN --prompt a --save-state DIR", "is a folder"),
+        ("generate RUN --prompt a --save-state TEXTS/x", "texts.jsonl"),
+        ("generate RUN --prompts TEXTS --save-state OUT", "the state behind one text, got 80"),
+        ("generate RUN --prompt a --fork 2 --save-state OUT", "behind one text, got 2 texts"),
+        ("generate RUN --prompt a --fork 2 --greedy", "the same text again"),
+        ("generate RUN --prompt a --fork 0", "--fork must be at least 1, got 0"),
+        ("generate RUN --prompt a --max-new-tokens -1", "max_new_tokens must be at least 0"),
         ("generate RUN --prompt a --temperature 0", "temperature must be above 0"),
         ("generate RUN --prompt a --top-k 0", "top_k must be at least 1"),
         ("generate RUN --prompt a --top-p 1.5", "top_p must be in (0, 1]"),
@@ -113,6 +126,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         "TEXTS": texts,
         "EMPTY": tmp_path / "empty.txt",
         "LATIN": tmp_path / "latin.txt",
+        "WEIGHTS": run / "final" / "model.safetensors",
+        "TEXTS/x": texts / "x",
     }
     capsys.readouterr()
     assert gdn2(*(places.get(word, word) for word in line.split())) == 2
@@ -318,6 +333,106 @@ def test_prompts_of_a_file_do_not_disturb_each_other(
     words = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8)
     assert gdn2("generate", run, *words) == 0
     assert capsys.readouterr().out == "\n".join(alone)
+
+
+def test_a_kept_state_goes_on_as_if_the_text_had_been_read_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(*words: object) -> str:
+        capsys.readouterr()
+        assert gdn2("generate", run, *words, "--greedy", "--max-new-tokens", 24) == 0
+        return capsys.readouterr().out
+
+    state, prompt = tmp_path / "state", tmp_path / "prompt.txt"
+    prompt.write_text(40 * TEXT)  # more than a window
+    words = ("--prompt-file", prompt, "--save-state", state, "--max-new-tokens", 0)
+    assert gdn2("generate", run, *words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "prompt.txt"}
+    begun = state.read_bytes()
+    whole = generate("--prompt-file", prompt)
+    assert generate("--load-state", state) == whole
+    whole = generate("--prompt", prompt.read_text() + " gate")
+    assert prompt.read_text() + generate("--load-state", state, "--prompt", " gate") == whole
+    assert state.read_bytes() == begun
+    again = ("--load-state", state, "--save-state", state, "--max-new-tokens", 0)
+    assert gdn2("generate", run, *again, "--prompt", " gate") == 0
+    assert len(state.read_bytes()) == len(begun)
+    assert prompt.read_text() + " gate" + generate("--load-state", state) == whole
+
+
+def test_forks_are_the_texts_of_their_seeds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    words = ("--prompt", "The gate", "--max-new-tokens", 0)
+    assert gdn2("generate", run, *words, "--save-state", state) == 0
+    words = ("generate", run, "--load-state", state, "--max-new-tokens", 40)
+    alone = []
+    for seed in (7, 8, 9):
+        capsys.readouterr()
+        assert gdn2(*words, "--seed", seed) == 0
+        alone.append(capsys.readouterr().out)
+    assert len(set(alone)) == 3
+    for _ in range(2):
+        assert gdn2(*words, "--seed", 7, "--fork", 3) == 0
+        assert capsys.readouterr().out == "\n".join(alone)
+
+
+def test_every_prompt_branches_from_the_state(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, prompts = tmp_path / "state", tmp_path / "prompts.txt"
+    prompts.write_text(" opens\n closes\n")
+    words = ("--prompt", "The gate", "--max-new-tokens", 0, "--save-state", state)
+    assert gdn2("generate", run, *words) == 0
+    words = ("generate", run, "--load-state", state, "--max-new-tokens", 8)
+    alone = []
+    for prompt, seeds in ((" opens", (3, 4)), (" closes", (3, 4))):
+        for seed in seeds:
+            capsys.readouterr()
+            assert gdn2(*words, "--prompt", prompt, "--seed", seed) == 0
+            alone.append(capsys.readouterr().out)
+    assert gdn2(*words, "--prompts", prompts, "--fork", 2, "--seed", 3) == 0
+    assert capsys.readouterr().out == "\n".join(alone)
+
+
+def test_a_state_of_other_weights_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    words = ("--prompt", "The gate", "--max-new-tokens", 0)
+    assert gdn2("generate", run, *words, "--save-state", state) == 0
+    assert gdn2("generate", run / "final", *words[2:], "--load-state", state) == 0
+    other = shutil.copytree(run / "final", tmp_path / "other")
+    model, _ = load_checkpoint(other)
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(other)
+    capsys.readouterr()
+    kept = tmp_path / "kept"
+    assert gdn2("generate", other, *words, "--load-state", state, "--save-state", kept) == 2
+    assert "the same configuration with other weights" in complaint(capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "other"}
+
+
+def test_a_state_that_can_not_be_written_leaves_the_old_one(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = tmp_path / "state"
+    words = ("generate", run, "--prompt", "The gate", "--max-new-tokens", 0, "--save-state", state)
+    assert gdn2(*words) == 0
+    before = state.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    capsys.readouterr()
+    assert gdn2(*words) == 1
+    assert "no room to write" in complaint(capsys)
+    assert state.read_bytes() == before
 
 
 def test_info_of_the_paper_s_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,9 @@ class AttentionState(NamedTuple):
 
     def gather(self, sequence: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `position` of `sequence`; zeros where that is not remembered."""
+        if not self.keys.numel():
+            zeros = self.keys.new_zeros(*position.shape, *self.keys.shape[-2:])
+            return zeros, zeros.clone()
         if self.keys.ndim == 4:
             slots = self.keys.shape[1]
             keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
@@ -53,9 +56,6 @@ class AttentionState(NamedTuple):
         missing = (position < (self.length - self.kept)[sequence]) | (
             position >= self.length[sequence]
         )
-        if not keys.shape[0]:
-            zeros = keys.new_zeros(*row.shape, *keys.shape[1:])
-            return zeros, zeros.clone()
         row, missing = row.masked_fill(missing, 0), missing[..., None, None]
         return keys[row].masked_fill(missing, 0), values[row].masked_fill(missing, 0)
 

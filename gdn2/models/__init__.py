@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gdn2.models.cache import Gdn2Cache
     from gdn2.models.configuration import Gdn2Config
     from gdn2.models.loading import load_checkpoint
+    from gdn2.models.memory import Memory, load_memory, read_tokens
     from gdn2.models.mixers import MIXERS
     from gdn2.models.modeling import Gdn2ForCausalLM, Gdn2Model
 
@@ -21,7 +22,10 @@ _HOMES = {
     "Gdn2Config": "configuration",
     "Gdn2ForCausalLM": "modeling",
     "Gdn2Model": "modeling",
+    "Memory": "memory",
     "load_checkpoint": "loading",
+    "load_memory": "memory",
+    "read_tokens": "memory",
 }
 
 __all__ = [
@@ -30,7 +34,10 @@ __all__ = [
     "Gdn2Config",
     "Gdn2ForCausalLM",
     "Gdn2Model",
+    "Memory",
     "load_checkpoint",
+    "load_memory",
+    "read_tokens",
 ]
 
 

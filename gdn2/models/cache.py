@@ -49,8 +49,15 @@ class Gdn2Cache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    def select(self, indices: Tensor) -> "Gdn2Cache":
+        """The states of the rows `indices`, copied; attention's as rings."""
+        cache = Gdn2Cache(len(self))
+        cache.states = [state and state.select(indices) for state in self.states]
+        cache.num_columns = self.num_columns
+        return cache
+
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.states = [state and state.select(indices) for state in self.states]
+        self.states = self.select(indices).states
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -24,6 +24,8 @@ from gdn2.models.mixers import MIXERS
 from gdn2.modules import RMSNorm, SwiGLU
 from gdn2.modules.linear import OutputLinear
 
+NEEDS_ROLLBACK = (GenerationMode.ASSISTED_GENERATION, GenerationMode.CONTRASTIVE_SEARCH)
+
 
 class Block(nn.Module):
     """``x += mixer(norm(x)); x += mlp(norm(x))``."""
@@ -295,6 +297,34 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
                 for name, mean in module.gate_means.items():
                     means.setdefault(name, []).append(mean)
         return {name: torch.stack(values).mean().item() for name, values in means.items()}
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        kwargs.pop("tokenizer", None)  # of stop strings; `generate` leaves it among these
+        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]
+        return prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *_: Any) -> None:
+        """Refuse what can not work; `generate` would first have the user fetch its code."""
+        if generation_mode not in self._supported_generation_modes:
+            reason = ""
+            if generation_mode in NEEDS_ROLLBACK:
+                reason = ", because a recurrent state can not be rolled back"
+            modes = (mode.replace("_", " ") for mode in self._supported_generation_modes)
+            raise NotImplementedError(
+                f"this model can not do {generation_mode.replace('_', ' ')}{reason}; "
+                f"generate supports {', '.join(modes)}"
+            )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Begin with a cache of ours, so that `prefill_chunk_size` works."""
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = Gdn2Cache(self.config.num_hidden_layers)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """Make none, although `forward` has an argument of that name."""

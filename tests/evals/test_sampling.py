@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from torch import Tensor
 
 from gdn2.data import Encoder, load_encoder
 from gdn2.data.tokenize import save_tokenizer, train_tokenizer
-from gdn2.evals.sampling import Sampling, sample_text
+from gdn2.evals.sampling import Sampling, continue_text, read_text, sample_text
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM
 
 CORPUS = ["The gate opens, the state decays: S = S + k v. δ 🦊 \n"] * 4
@@ -45,33 +46,40 @@ class Script:
     """Stands in for a model: says these tokens, remembers what it was asked."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(num_hidden_layers=0)
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
+        self.asked: list[int] = []
 
     def eval(self) -> "Script":
         return self
 
-    def generate(self, tokens: Tensor, *, streamer: Any, **options: Any) -> None:
-        self.asked, self.options = tokens, options
+    def model(self, tokens: Tensor, past_key_values: Any) -> None:
+        self.asked += tokens[0].tolist()
+
+    def generate(self, tokens: Tensor, *, streamer: Any, **options: Any) -> SimpleNamespace:
+        self.asked += tokens[0].tolist()
+        self.options = options
         streamer.put(tokens)
         for token in self.tokens:
             streamer.put(torch.tensor([token]))
         streamer.end()
+        return SimpleNamespace(sequences=torch.cat([tokens, torch.tensor([self.tokens])], 1))
 
 
 def test_the_separator_goes_first_and_is_never_text(encoder: Encoder) -> None:
     script = Script([*encoder.encode("opens")[1:], encoder.separator])
     assert "".join(texts(script, encoder, "The gate ")) == "The gate opens"
-    assert script.asked.tolist() == [encoder.encode("The gate ")]
-    assert script.asked[0, 0] == encoder.separator
+    assert script.asked == encoder.encode("The gate ")
+    assert script.asked[0] == encoder.separator
     assert script.options["generation_config"].eos_token_id == encoder.separator
 
 
 def test_the_separator_s_name_in_a_prompt_is_ordinary_text(encoder: Encoder) -> None:
-    script = Script([])
+    script = Script([encoder.separator])
     assert "".join(texts(script, encoder, encoder.separator_token)) == encoder.separator_token
-    assert (script.asked == encoder.separator).sum() == 1
+    assert script.asked.count(encoder.separator) == 1
 
 
 def test_characters_come_whole_and_at_once(encoder: Encoder) -> None:
@@ -102,6 +110,27 @@ def test_greedy_text_is_the_model_s_argmax(model: Gdn2ForCausalLM, encoder: Enco
     assert "".join(pieces) == encoder.tokenizer.decode(tokens).rstrip("�")
 
 
+def test_a_text_in_two_parts_is_the_text(model: Gdn2ForCausalLM, encoder: Encoder) -> None:
+    """Read in two parts, written in two parts: the tokens are those of one part."""
+    ends = []
+    for prompts, counts in ((["The gate opens"], [16]), (["The gate", " opens"], [5, 0, 11])):
+        memory = None
+        for prompt in prompts:
+            memory = read_text(model, encoder, prompt, memory)
+        assert memory is not None
+        pieces: list[str] = []
+        for count in counts:
+            sampling = Sampling(max_new_tokens=count, greedy=True)
+            memory = continue_text(model, encoder, memory, sampling, on_text=pieces.append)
+        with torch.no_grad():
+            logits = model(memory.last, past_key_values=memory.cache).logits
+        ends.append((memory.length, memory.last, logits))
+    (length, last, logits), other = ends
+    assert length == len(encoder.encode("The gate opens")) + 16
+    assert (length, last) == other[:2]
+    torch.testing.assert_close(logits, other[2], rtol=1e-4, atol=1e-4)
+
+
 def test_an_empty_prompt_begins_a_document(model: Gdn2ForCausalLM, encoder: Encoder) -> None:
     assert "".join(texts(model, encoder, "", max_new_tokens=8))
 
@@ -109,7 +138,7 @@ def test_an_empty_prompt_begins_a_document(model: Gdn2ForCausalLM, encoder: Enco
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"temperature": 0.0}, r"temperature must be above 0 \(or greedy\), got 0.0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),

@@ -125,17 +125,6 @@ def test_repeated_and_selected_rows_go_on_alone(model, tokens):
         torch.testing.assert_close(got[i : i + 1], alone, **EXACT)
 
 
-def test_what_needs_a_rollback_is_refused(hybrid, tokens):
-    with pytest.raises(ValueError, match=r"stateful|only supports"):
-        hybrid.generate(tokens[:1], prompt_lookup_num_tokens=2, max_new_tokens=4, **GREEDY)
-    with pytest.raises(ValueError, match=r"stateful|only supports"):
-        hybrid.generate(tokens[:1], assistant_model=hybrid, max_new_tokens=4, **GREEDY)
-    with pytest.raises(ValueError, match="only supports"):
-        hybrid.generate(tokens[:1], penalty_alpha=0.6, top_k=4, trust_remote_code=True)
-    with pytest.raises(NotImplementedError, match="can not forget"):
-        Gdn2Cache(2).crop(1)
-
-
 def test_reset_forgets_everything(hybrid, tokens):
     cache = hybrid(tokens).past_key_values
     cache.reset()
