@@ -5,10 +5,13 @@ imports what it needs when it runs, so that `--help` is instant and a missing ex
 """
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from opcode import opmap
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +19,14 @@ from typing import Any, NoReturn
 PACKAGE = Path(__file__).parent
 WRONG_INPUT = (ValueError, ImportError, NotImplementedError)
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+WRONG_PATH_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP)
 FAILURE = (RuntimeError, ArithmeticError)
+MESSAGE = 1200  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _complete_streams()
     parser = _build_parser()
     try:
         args, rest = parser.parse_known_args(argv)
@@ -31,17 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone; what is still buffered must not fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone
+        _give_up_stdout()
         return 1
     except (*WRONG_INPUT, *FAILURE) as error:
         if not _is_said_by_gdn2(error):
             raise
         return _complain(error, 2 if isinstance(error, WRONG_INPUT) else 1)
-    except WRONG_PATH as error:
-        return _complain(error, 2)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
+        if not _give_up_stdout() and error.filename is None:
+            error.filename = "stdout"
+        wrong = isinstance(error, WRONG_PATH) or error.errno in WRONG_PATH_NUMBERS
+        return _complain(error, 2 if wrong else 1)
+    except MemoryError as error:
         return _complain(error, 1)
     return 0
 
@@ -62,9 +70,42 @@ def _is_said_by_gdn2(error: BaseException) -> bool:
 
 
 def _complain(error: BaseException, code: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"gdn2: error: {message}", file=sys.stderr)
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        message = f"{where}{error.strerror}"
+    print(_one_line(f"gdn2: error: {message}"), file=sys.stderr)
     return code
+
+
+def _one_line(text: str) -> str:
+    """Without what would move the cursor, and not longer than a screen."""
+    text = " ".join(text.split())
+    if len(text) > MESSAGE:
+        text = f"{text[: MESSAGE - 200]} ... {text[-200:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _complete_streams() -> None:
+    """A stream that the caller closed goes nowhere, and no file of ours takes its number.
+
+    Text that the terminal's encoding does not have is written as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout() -> bool:
+    """Whether it still takes text; if not, what it holds must not fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -223,9 +264,31 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=kind, **settings)
+        self.register("type", Path, _path)
+        self.register("action", None, _Once)
+        self.register("action", "store_true", partial(_Once, nargs=0, const=True, default=False))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        text = _one_line(f"{self.prog}: error: {message}")
+        self.exit(2, f"{text} (see {self.prog} --help)\n")
+
+
+class _Once(argparse.Action):
+    """Keep a value. An option that is given twice is an error: neither is the last word."""
+
+    seen = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        if self.seen:
+            raise argparse.ArgumentError(self, "given twice")
+        self.seen = True
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
 
 
 def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
@@ -363,6 +426,13 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_preset(sub)
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _path(text: str) -> Path:
+    """An argument; Path would take an empty one, of a shell variable that is not set, as `.`."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _utf8(text: str) -> str:

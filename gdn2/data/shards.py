@@ -164,7 +164,7 @@ def load_manifest(folder: str | os.PathLike) -> Manifest:
         }
         manifest = Manifest(**data | {"sources": tuple(data["sources"]), "splits": splits})
     except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of prepared data: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}). Prepare the folder again") from error
     wrong = manifest.implausible()
     if wrong:
         raise ValueError(f"{path} is damaged: its {wrong}. Prepare the folder again")

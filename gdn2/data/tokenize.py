@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gdn2.data.durable import read_json, write_file, write_json
+from gdn2.data.durable import naming_full_disk, read_json, write_file, write_json
 
 SEPARATOR_TOKEN = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
@@ -49,8 +49,9 @@ class Encoder:
 def load_encoder(path: str | os.PathLike) -> Encoder:
     """Load a folder with tokenizer.json or such a file; BOS, else EOS, becomes the separator."""
     file = find_tokenizer(path)
+    data = file.read_bytes()
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the type that `tokenizers` raises
         raise ValueError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
     tokenizer.no_truncation()
@@ -84,7 +85,7 @@ def _separator_token(file: Path, tokenizer: Tokenizer) -> str:
     config = _config_beside(file)
     for name in ("bos_token", "eos_token"):
         token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content", token) if isinstance(token, dict) else token
         if not isinstance(token, str | None):
             raise ValueError(f"{name} beside {file} must be a text, got {token!r}")
         if token:
@@ -137,10 +138,11 @@ def copy_tokenizer(path: str | os.PathLike, folder: Path) -> None:
     """Copy a given tokenizer; a file without settings gets them."""
     file = find_tokenizer(path)
     names = COPIED if file.name == TOKENIZER else ()
-    for name in names:
-        if (file.parent / name).is_file():
-            shutil.copyfile(file.parent / name, folder / name)
-    shutil.copyfile(file, folder / TOKENIZER)
+    with naming_full_disk(folder / TOKENIZER):
+        for name in names:
+            if (file.parent / name).is_file():
+                shutil.copyfile(file.parent / name, folder / name)
+        shutil.copyfile(file, folder / TOKENIZER)
     if not (folder / CONFIG).is_file():
         _write_config(folder, load_encoder(file).separator_token)
 

@@ -124,8 +124,8 @@ def evaluate_checkpoint(
         "data": str(data),
         "tokenizer_sha256": dataset.manifest.tokenizer_sha256,
     }
-    write_json(out / "eval.json", result)
     plot(result, out / "eval.png")
+    write_json(out / "eval.json", result)
     return result
 
 

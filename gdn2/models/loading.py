@@ -20,6 +20,7 @@ from gdn2.models.device import naming_full_memory
 from gdn2.models.modeling import Gdn2ForCausalLM
 
 STEP = re.compile(r"step_\d+")
+REMEDY = "Copy it again, or take another step or final/"
 DAMAGE = (  # how torch's reader fails on a broken file
     *(OSError, EOFError, RuntimeError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, PickleError),
@@ -56,9 +57,7 @@ def load_checkpoint(path: str | Path) -> tuple[Gdn2ForCausalLM, Path]:
         model = _read_hugging_face(folder, config)
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
-        raise RuntimeError(
-            f"cannot read {folder}: {_few(broken)} holds numbers that are not finite"
-        )
+        raise RuntimeError(f"cannot read {folder}: not finite: {_few(broken)}. {REMEDY}")
     return model.eval(), folder
 
 
@@ -73,7 +72,7 @@ def _read_hugging_face(folder: Path, config: Gdn2Config) -> Gdn2ForCausalLM:
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise RuntimeError(f"cannot read {folder}: {error}") from error
+        raise RuntimeError(f"cannot read {folder}: {error}. {REMEDY}") from error
     finally:
         logging.set_verbosity(level)
         if bar:
@@ -107,7 +106,7 @@ def read_step(folder: Path, state: dict[str, Any]) -> None:
         with one_process():
             dcp.load(state, checkpoint_id=folder, no_dist=True)
     except DAMAGE as error:
-        raise RuntimeError(f"cannot read {folder}: {error!r}") from error
+        raise RuntimeError(f"cannot read {folder}: {error!r}. {REMEDY}") from error
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_manifest_round_trip(tmp_path, write_dataset):
         ("{", "is not JSON"),
         ("[]", "must be a JSON object, got list"),
         ('{"version": 99}', "version must be 1, got 99"),
-        ('{"version": 1}', "is not a manifest"),
+        ('{"version": 1}', "is damaged"),
     ],
 )
 def test_broken_manifest_is_named(tmp_path, contents, message):
