@@ -119,16 +119,16 @@ def _interleaved(
     seconds: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 1):
         for call, times in zip(calls, seconds, strict=True):
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             call()
-            _wait(device)
+            wait(device)
             if number:
                 times.append(time.perf_counter() - started)
     return seconds
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -157,14 +157,16 @@ def show(timings: Sequence[Timing]) -> None:
         Console().print(table)
 
 
-def append(timings: Sequence[Timing], path: Path, device: torch.device) -> None:
+def append(
+    timings: Sequence[Timing], path: Path, device: torch.device, script: str = Path(__file__).name
+) -> None:
     machine = {
         "date": date.today().isoformat(),
         "commit": commit(),
         "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "script": Path(__file__).name,
+        "script": script,
     }
     rows = [machine | _row(t) for t in timings]
     new = not path.exists()
