@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install check test test-gpu test-slow peers demo bench clean
+.PHONY: help install check test test-gpu test-slow peers hooks demo bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ peers: $(PEERS)  ## install other projects' implementations, which the tests the
 $(PEERS): $(INSTALLED)
 	$(PIP) install -q --no-deps fla-core==0.6.0 flash-linear-attention==0.6.0 einops==0.8.2
 	@touch $@
+
+hooks: $(INSTALLED)  ## run the checks of .pre-commit-config.yaml at every commit from now on
+	$(PIP) install -q -c constraints.txt -e '.[hooks]'
+	$(BIN)/pre-commit install
 
 demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs/demo/report.html
 	$(BIN)/python -m recipes.demo
