@@ -25,7 +25,6 @@ KIND = "memory of a gdn2 model, 1"
 FREE = {"initializer_range", "max_position_embeddings", "use_cache"} | {
     f"{name}_token_id" for name in ("bos", "eos", "pad")
 }
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -61,6 +60,10 @@ def read_tokens(model: Gdn2ForCausalLM, tokens: Tensor, memory: Memory | None = 
 
     Whatever T is, no more than a piece is worked on at once. Without a memory, T must be positive.
     """
+    rows = tokens.shape[0] if memory is None else memory.last.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != rows or (memory is None and not tokens.shape[1]):
+        wanted = "[N, >= 1]" if memory is None else f"[{rows}, T], as the memory has {rows} rows"
+        raise ValueError(f"tokens must be {wanted}, got {list(tokens.shape)}")
     length = tokens.shape[1]
     if memory is None:
         cache = Gdn2Cache(model.config.num_hidden_layers)
@@ -135,6 +138,8 @@ def _fingerprint(model: Gdn2ForCausalLM) -> str:
     """
     digest = hashlib.sha256()
     for name, x in model.named_parameters():
-        total = x.detach().view(BITS[x.itemsize]).sum(dtype=torch.int64).item()
+        bits = x.detach().flatten().view(torch.uint8)
+        whole = bits.numel() // 8 * 8  # in 64-bit words: they need no copy to be added up
+        total = int(bits[:whole].view(torch.int64).sum() + bits[whole:].sum())
         digest.update(f"{name} {x.dtype} {list(x.shape)} {total}\n".encode())
     return digest.hexdigest()

@@ -89,10 +89,15 @@ def test_several_samples_of_a_prompt_equal_those_without_a_cache(model, tokens, 
     assert len({tuple(row) for row in got.tolist()}) > 3
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("piece", [1, 4, 21, 100])
-def test_a_prompt_in_pieces_gives_the_same_text(model, tokens, piece):
-    got = model.generate(tokens, max_new_tokens=6, prefill_chunk_size=piece, **GREEDY)
-    assert torch.equal(got, model.generate(tokens, max_new_tokens=6, **GREEDY))
+def test_a_prompt_in_pieces_gives_the_same_text(model, tokens, piece, padded):
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :9], mask[2, :20] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, **GREEDY}
+    got = model.generate(tokens, prefill_chunk_size=piece, **options)
+    assert torch.equal(got, model.generate(tokens, **options))
 
 
 def test_text_stops_at_a_string(speaker, tokenizer):

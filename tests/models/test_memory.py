@@ -170,6 +170,16 @@ def test_a_memory_of_many_rows_keeps_them_apart(model, tokens, tmp_path):
         )
 
 
+def test_tokens_of_other_shapes_are_refused(hybrid, tokens):
+    kept = read_tokens(hybrid, tokens)
+    for wrong in (tokens[:1], tokens[0]):
+        with pytest.raises(ValueError, match=r"\[3, T\], as the memory has 3 rows, got \["):
+            read_tokens(hybrid, wrong, kept)
+    for wrong in (tokens[:, :0], tokens[0]):
+        with pytest.raises(ValueError, match=r"tokens must be \[N, >= 1\], got \["):
+            read_tokens(hybrid, wrong)
+
+
 def test_a_cache_of_generate_makes_a_memory(hybrid, tokens, tmp_path):
     """What the command line saves behind a text: the cache has not seen the last token."""
     out = hybrid.generate(tokens, max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
