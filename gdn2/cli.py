@@ -72,8 +72,8 @@ def _is_said_by_gdn2(error: BaseException) -> bool:
 def _complain(error: BaseException, code: int) -> int:
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        message = f"{where}{error.strerror}"
+        where = error.filename if error.filename2 is None else error.filename2
+        message = error.strerror if where is None else f"{where}: {error.strerror}"
     print(_one_line(f"gdn2: error: {message}"), file=sys.stderr)
     return code
 

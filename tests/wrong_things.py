@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shlex
 import shutil
@@ -45,7 +46,9 @@ class Things:
     def file(self, name: str) -> Path:
         path = self.root / name
         content = FILES[name]
-        if isinstance(content, pa.Table):
+        if content is None:
+            os.mkfifo(path)
+        elif isinstance(content, pa.Table):
             pq.write_table(content, path)
         elif isinstance(content, bytes):
             path.write_bytes(content)
@@ -124,6 +127,7 @@ def merge(tree: dict, change: dict) -> dict:
 JUNK = bytes(range(256)) * 8
 LINES = b"".join(json.dumps({"text": f"{n}. {TEXT}"}).encode() + b"\n" for n in range(2000))
 FILES: dict[str, object] = {
+    "fifo": None,
     "folder": [],
     "pictures": ["a.png", "b"],
     "empty.txt": b"",
@@ -189,6 +193,7 @@ DATA_FLAWS: dict[str, dict[str, Any]] = {
     "novalidation": {"validation/00000.ds": None},
     "cutvalidation": {"validation/00000.ds": lambda data: data[:-7]},
     "notokenizer": {"tokenizer/tokenizer.json": None},
+    "badsettings": {"tokenizer/tokenizer_config.json": b"{"},
     "othertokenizer": {"tokenizer/tokenizer.json": lambda data: data + b"\n"},
 }
 TOKENIZER_FLAWS: dict[str, dict[str, Any]] = {

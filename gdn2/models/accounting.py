@@ -36,7 +36,7 @@ def account(
         values, in `dtype`, of the window, or of `length` tokens with full attention.
     """
     with torch.device("meta"):
-        layers = {name: MIXERS[name].build(config) for name in config.layer_mixers}
+        layers = {name: MIXERS[name].build(config) for name in dict.fromkeys(config.layer_mixers)}
         mlp = SwiGLU(config.hidden_size, config.intermediate_size)
     depth = config.num_hidden_layers
     mixers = [layers[name] for name in config.layer_mixers]

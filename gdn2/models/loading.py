@@ -72,7 +72,7 @@ def _read_hugging_face(folder: Path, config: Gdn2Config) -> Gdn2ForCausalLM:
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise RuntimeError(f"cannot read {folder}: {error}. {REMEDY}") from error
+        raise RuntimeError(f"cannot read {folder}: {str(error).rstrip('.')}. {REMEDY}") from error
     finally:
         logging.set_verbosity(level)
         if bar:

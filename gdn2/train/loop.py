@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_manifest
+from gdn2.data import Batch, Manifest, Samples, TokenDataset, load_encoder, load_manifest
 from gdn2.data.durable import locked, write_json
 from gdn2.models import Gdn2ForCausalLM
 from gdn2.models.loss import IGNORED
@@ -75,6 +75,8 @@ def _train(run: Run, manifest: Manifest, *, data: Path, out: Path, device: torch
         seed=run.seed,
     )
     validation = validation_batches(run, data)
+    if load_encoder(data / "tokenizer").separator != manifest.separator:
+        raise ValueError(f"{data / 'tokenizer'} has another separator than its data")
     torch.manual_seed(run.seed)
     with naming_full_memory(f"a model of hidden_size {run.model.hidden_size:,}"):
         model = AutoModelForCausalLM.from_config(run.model, dtype=torch.float32)
