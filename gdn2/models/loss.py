@@ -6,7 +6,7 @@ Axes: M tokens, D model width, V vocabulary.
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import check_first_order
+from gdn2.ops.contract import check_first_order, check_no_tangent
 
 IGNORED = -100
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -22,7 +22,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden: ``[M, D]``. weight: ``[V, D]``. labels: ``[M]`` integers.
     """
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, wanted)
+    check_no_tangent((hidden, weight))
+    total, *_ = _linear_cross_entropy(hidden, weight, labels, wanted)
+    return total
 
 
 @torch.no_grad()
@@ -46,31 +48,52 @@ def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     return losses, logits, total
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, wanted):
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        total = total.to(hidden.device)
+@torch.library.custom_op("gdn2::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of losses and, if `wanted`, its gradients with respect to hidden and weight."""
+    total, dhidden, dweight = _empty_results(hidden, weight, wanted)
+    total.zero_()
+    dweight_sum = torch.zeros_like(dweight, dtype=total.dtype)
+    for start in range(0, len(hidden), CHUNK):
+        now = slice(start, start + CHUNK)
+        losses, logits, normaliser = _chunk_losses(hidden[now], weight, labels[now])
+        total += losses.sum()
         if wanted:
-            dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
-        for start in range(0, len(hidden), CHUNK):
-            now = slice(start, start + CHUNK)
-            losses, logits, normaliser = _chunk_losses(hidden[now], weight, labels[now])
-            total += losses.sum()
-            if wanted:
-                valid = labels[now, None] != IGNORED
-                dlogits = logits.sub_(normaliser).exp_()  # softmax, then minus one at the label
-                label = labels[now, None].where(valid, 0)
-                dlogits.scatter_add_(1, label, -valid.to(logits.dtype))
-                dlogits = dlogits.mul_(valid).to(hidden.dtype)
-                dhidden[now] = dlogits @ weight
-                dweight += dlogits.mT @ hidden[now]
-        if wanted:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
-        return total
+            valid = labels[now, None] != IGNORED
+            dlogits = logits.sub_(normaliser).exp_()  # softmax, then minus one at the label
+            label = labels[now, None].where(valid, 0)
+            dlogits.scatter_add_(1, label, -valid.to(logits.dtype))
+            dlogits = dlogits.mul_(valid).to(hidden.dtype)
+            dhidden[now] = dlogits @ weight
+            dweight_sum += dlogits.mT @ hidden[now]
+    return total, dhidden, dweight_sum.to(weight.dtype)
 
-    @staticmethod
-    def backward(ctx, dtotal):
-        check_first_order()
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal, dweight * dtotal, None, None
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, labels, wanted):  # noqa: ARG001
+    return _empty_results(hidden, weight, wanted)
+
+
+def _empty_results(hidden: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if not wanted:
+        return total, hidden.new_empty(0), weight.new_empty(0)
+    return total, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):  # noqa: ARG001
+    _, dhidden, dweight = output
+    ctx.mark_non_differentiable(dhidden, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dhidden, dweight)
+
+
+def _differentiate(ctx, dtotal, *_):
+    check_first_order()
+    dhidden, dweight = ctx.saved_tensors
+    return dhidden * dtotal, dweight * dtotal, None, None
+
+
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops.contract import check_boundaries, check_first_order
+from gdn2.ops.contract import check_boundaries, check_first_order, check_no_tangent
 
 ACTIVATIONS = (None, "silu")
 
@@ -47,6 +47,7 @@ def causal_conv(
         )
     N, W = check_boundaries(cu_seqlens, x), weight.shape[1]
     _check(weight, N, bias, activation, state)
+    check_no_tangent((x, weight, bias, state))
     history = (
         x.new_zeros(N, W - 1, x.shape[2]) if state is None else state.to(x.dtype).transpose(1, 2)
     )
@@ -127,35 +128,54 @@ def _interleave_history(
 
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(padded.dtype, torch.float32)
-    y = _Taps.apply(padded.to(dtype), weight.to(dtype))
+    y = _convolve_taps(padded.to(dtype), weight.to(dtype))
     return y if bias is None else y + bias.to(dtype)
 
 
-class _Taps(torch.autograd.Function):
+@torch.library.custom_op("gdn2::convolve_taps", mutates_args=())
+def _convolve_taps(padded: Tensor, weight: Tensor) -> Tensor:
     """``y_t = sum_j weight[:, j] * padded_{t+j}``: W passes over contiguous channels.
 
     Written out because autograd would give every tap a zero-filled gradient of the whole input.
     """
+    W = weight.shape[1]
+    T = padded.shape[1] - W + 1
+    y = padded[:, :T] * weight[:, 0]
+    for j in range(1, W):
+        y.addcmul_(padded[:, j : j + T], weight[:, j])
+    return y
 
-    @staticmethod
-    def forward(ctx, padded: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        W = weight.shape[1]
-        T = padded.shape[1] - W + 1
-        y = padded[:, :T] * weight[:, 0]
-        for j in range(1, W):
-            y.addcmul_(padded[:, j : j + T], weight[:, j])
-        return y
 
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        check_first_order()
-        padded, weight = ctx.saved_tensors
-        W = weight.shape[1]
-        T = padded.shape[1] - W + 1
-        dpadded = torch.zeros_like(padded)
-        taps = []
-        for j in range(W):
-            dpadded[:, j : j + T].addcmul_(dy, weight[:, j])
-            taps.append((dy * padded[:, j : j + T]).sum((0, 1)))
-        return dpadded, torch.stack(taps, dim=1)
+@_convolve_taps.register_fake
+def _(padded, weight):
+    B, T, D = padded.shape
+    return padded.new_empty(B, T - weight.shape[1] + 1, D)
+
+
+@torch.library.custom_op("gdn2::convolve_taps_backward", mutates_args=())
+def _convolve_taps_backward(dy: Tensor, padded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    W = weight.shape[1]
+    T = padded.shape[1] - W + 1
+    dpadded = torch.zeros_like(padded)
+    taps = []
+    for j in range(W):
+        dpadded[:, j : j + T].addcmul_(dy, weight[:, j])
+        taps.append((dy * padded[:, j : j + T]).sum((0, 1)))
+    return dpadded, torch.stack(taps, dim=1)
+
+
+@_convolve_taps_backward.register_fake
+def _(dy, padded, weight):  # noqa: ARG001
+    return torch.empty_like(padded), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy):
+    check_first_order()
+    return _convolve_taps_backward(dy, *ctx.saved_tensors)
+
+
+_convolve_taps.register_autograd(_differentiate, setup_context=_save)

@@ -152,7 +152,7 @@ def check_no_tangent(tensors: Iterable[Tensor | None]) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            "this operator has no forward-mode derivative (torch.func.jvp); "
+            "this has no forward-mode derivative (torch.func.jvp); of the operator, "
             "gated_delta_rule(..., backend='reference') has"
         )
 

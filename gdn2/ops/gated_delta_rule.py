@@ -14,7 +14,6 @@ from gdn2.ops.contract import (
     check_operands,
     check_state,
     check_state_indices,
-    no_autocast,
 )
 
 BACKENDS = ("chunked", "reference")
@@ -74,8 +73,7 @@ def gated_delta_rule(
     if state is not None:
         check_state(state, num_sequences, x)
     run = {"chunked": chunked.gated_delta_rule, "reference": reference.gated_delta_rule}
-    with no_autocast(q):
-        return run[resolve_backend(backend)](x, float(scale), state, cu_seqlens)
+    return run[resolve_backend(backend)](x, float(scale), state, cu_seqlens)
 
 
 def gated_delta_step(
@@ -128,8 +126,7 @@ def gated_delta_step(
         check_state_indices(state_indices, x)
     check_state(state, q.shape[0] if state_indices is None else state.shape[0], x)
     run = {"chunked": step.gated_delta_step, "reference": reference.gated_delta_step}
-    with no_autocast(q):
-        out = run[resolve_backend(backend)](x, float(scale), state, state_indices).to(q.dtype)
+    out = run[resolve_backend(backend)](x, float(scale), state, state_indices).to(q.dtype)
     return (out.squeeze(1) if one_token else out), state
 
 

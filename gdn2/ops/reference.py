@@ -10,7 +10,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import Operands, state_dtype
+from gdn2.ops.contract import Operands, no_autocast, state_dtype
 
 
 def gated_delta_rule(
@@ -46,6 +46,11 @@ def gated_delta_step(
 
 
 def _token_loop(x: Operands, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    with no_autocast(x.q):
+        return _exact_token_loop(x, scale, state)
+
+
+def _exact_token_loop(x: Operands, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
     H, HV = x.q.shape[2], x.v.shape[2]
     dtype = state_dtype(x.q.dtype)
     # [B, T, H, G or 1, ...]

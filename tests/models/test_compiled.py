@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from gdn2.models import Gdn2Config
+from gdn2.models import Gdn2Config, loss
 from gdn2.models.modeling import Block, Gdn2ForCausalLM
 
 BACKENDS = [
@@ -99,3 +99,21 @@ def test_a_sharded_model_has_the_same_gradients():
         for (name, p), q in zip(model.named_parameters(), sharded.parameters(), strict=True):
             assert p.grad is not None, name
             assert_close(q.grad.full_tensor(), p.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_compiles_whole(backend):
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, requires_grad=True)
+    weight = torch.randn(30, 16, requires_grad=True)
+    labels = torch.randint(0, 30, (50,))
+    labels[3] = -100
+    torch.library.opcheck(loss._linear_cross_entropy, (hidden, weight, labels, True))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss.linear_cross_entropy, backend=backend, fullgraph=True)
+    results = []
+    for f in (loss.linear_cross_entropy, compiled):
+        total = f(hidden, weight, labels)
+        results.append([total, *torch.autograd.grad(2 * total, [hidden, weight])])
+    for want, got in zip(*results, strict=True):
+        assert_close(got, want)

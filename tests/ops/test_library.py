@@ -1,5 +1,6 @@
 """The operator as compilers see it: registered, with shapes known in advance."""
 
+import importlib
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from operator_cases import LAYOUTS, Case, cast, error, make_inputs, run
 from gdn2.layers import GatedDeltaNet2
 from gdn2.ops import chunked, gated_delta_rule, gated_delta_step, step
 
+causal_conv = importlib.import_module("gdn2.ops.causal_conv")  # the function has the same name
 BACKENDS = [
     "aot_eager",
     pytest.param(
@@ -43,6 +45,12 @@ def test_step_is_a_proper_operator(form, pool):
     *x, state = [None if t is None else t.detach() for t in leaves(case).values()]
     slots = torch.tensor([1, -1], dtype=torch.int32) if pool else None
     torch.library.opcheck(step._step, (*x, 0.5, state, slots))
+
+
+def test_the_short_convolution_is_a_proper_operator():
+    x = torch.randn(2, 13, 5, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
+    torch.library.opcheck(causal_conv._convolve_taps, (x, weight))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
