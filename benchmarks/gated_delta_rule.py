@@ -1,9 +1,13 @@
-"""Time the gated delta rule: backends against each other and against the machine's products.
+"""Time the gated delta rule: against the token loop, other projects, and the machine's products.
 
-All gates are per channel, everything is float32. The calls of a case take turns, one round after
-the other in one process, so that a machine that slows down slows all of them. Beside the minimum
-and the median stands the share of the machine: useful FLOPs of a forward pass per second, over
-those of torch.mm at 1024^3. Each call adds a row to the CSV file.
+The calls of a case take turns, one round after the other in one process, so that a machine that
+slows down slows all of them; ratios are of minima. Beside them stands the share of the machine:
+useful FLOPs of a forward pass per second, over those of torch.mm at 1024^3. Each call adds a row to
+the CSV file. Everything is float32 unless the case says otherwise.
+
+speed   the token loop and other projects' forms, for three members of the family
+forms   what each gate form, packing, grouped heads and bfloat16 cost, beside all gates per channel
+length  time per token of short and of long sequences
 """
 
 import argparse
@@ -12,7 +16,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -24,40 +29,93 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.peers import Rule, load_peers
 from gdn2.ops import gated_delta_rule
 from gdn2.train.record import commit
 
-BACKENDS = ("chunked", "reference")
 RESULTS = Path(__file__).with_name("results.csv")
-CHUNK = 64
+CHUNK = 64  # of the useful FLOPs, whatever the backend uses
 EXAMPLES = """examples:
   python -m benchmarks.gated_delta_rule
-  python -m benchmarks.gated_delta_rule --rounds 20 --threads 1
-  python -m benchmarks.gated_delta_rule --device cuda --csv /tmp/results.csv
+  python -m benchmarks.gated_delta_rule forms --rounds 20 --threads 1
+  python -m benchmarks.gated_delta_rule speed --device cuda --csv /tmp/results.csv
 """
 
 
-class Case(NamedTuple):
-    """Sizes of a call, and whether its gradients are timed too."""
+@dataclass(frozen=True)
+class Case:
+    """A call: sizes, gate forms (None, "head" or "channel"), and what is timed.
 
+    Attributes:
+        title: what is timed.
+        member: whose gates are tied as they are; peers of it are timed too, where there are any.
+        cu_seqlens: boundaries, if sequences are packed.
+        loop: time the token loop too.
+    """
+
+    title: str
     B: int
     T: int
     H: int
-    K: int
-    V: int
-    backward: bool
+    K: int = 128
+    V: int = 128
+    HV: int | None = None
+    decay: str | None = "channel"
+    erase: str | None = "channel"
+    write: str | None = "channel"
+    gate_heads: int | None = None
+    log_decays: tuple[float, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    member: str | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    loop: bool = False
+    backward: bool = True
 
     @property
     def name(self) -> str:
-        return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V}"
+        return f"{self.title}: B={self.B} T={self.T} H={self.H} K={self.K} V={self.V}"
 
     @property
     def flops(self) -> int:
-        """Useful products of a forward pass in chunks of 64."""
-        return self.B * self.T * self.H * (10 * CHUNK * self.K + 6 * self.K * self.V)
+        """Useful products of a forward pass in chunks of 64, with all gates per channel."""
+        heads = self.HV or self.H
+        return self.B * self.T * heads * (10 * CHUNK * self.K + 6 * self.K * self.V)
 
 
-CASES = (Case(1, 2048, 4, 128, 128, backward=True), Case(2, 4096, 8, 128, 128, backward=False))
+_PACKED = (0, 500, 501, 1201, 2000, 3500, 4096)
+FORMS = Case("all per channel", 1, 4096, 8)
+SUITES: dict[str, tuple[Case, ...]] = {
+    "speed": (
+        Case("gdn2", 1, 2048, 4, member="gdn2", loop=True),
+        Case("gdn2", 2, 4096, 8, loop=True, backward=False),
+        Case("kda", 1, 2048, 4, erase="head", write="head", member="kda"),
+        Case(
+            "gated_deltanet",
+            1,
+            2048,
+            4,
+            decay="head",
+            erase="head",
+            write="head",
+            member="gated_deltanet",
+        ),
+    ),
+    "forms": (
+        FORMS,
+        replace(FORMS, title="extreme decay: -90, -1e4 and 0", log_decays=(-90.0, -1e4, 0.0)),
+        replace(FORMS, title="erase and write per head", erase="head", write="head"),
+        replace(FORMS, title="decay per head", decay="head"),
+        replace(FORMS, title="no decay", decay=None),
+        replace(FORMS, title="no erase", erase=None),
+        replace(FORMS, title="mamba2", decay="head", erase=None, write="head"),
+        replace(FORMS, title="linear attention", decay=None, erase=None, write=None),
+        replace(FORMS, title="bfloat16", dtype=torch.bfloat16),
+        replace(FORMS, title="packed", cu_seqlens=_PACKED),
+        replace(FORMS, title="2 key heads, 8 value heads", H=2, HV=8),
+        replace(FORMS, title="2 key heads, gates on 8 value heads", H=2, HV=8, gate_heads=8),
+    ),
+    "length": tuple(Case("gdn2", 1, T, 4) for T in (4096, 16_384, 65_536)),
+}
 
 
 class Timing(NamedTuple):
@@ -72,44 +130,86 @@ class Timing(NamedTuple):
 def measure(
     cases: Sequence[Case], *, rounds: int, device: torch.device, mm_size: int = 1024
 ) -> list[Timing]:
-    """Time every backend on every case; a shorter ``mm_size`` is for tests."""
+    """Time every implementation on every case; a shorter ``mm_size`` is for tests."""
     matrix = torch.randn(mm_size, mm_size, device=device)
-    timings = []
+    wanted = []
     for case in cases:
         directions = ("forward", "forward+backward") if case.backward else ("forward",)
-        wanted = [(backend, direction) for direction in directions for backend in BACKENDS]
-        calls = [_call(case, *each, device) for each in wanted]
-        of_mm, *of_calls = _interleaved([lambda: matrix @ matrix, *calls], rounds, device)
-        rate = 2 * mm_size**3 / min(of_mm)
-        for (backend, direction), seconds in zip(wanted, of_calls, strict=True):
-            share = case.flops / min(seconds) / rate if direction == "forward" else None
-            low, middle = 1000 * min(seconds), 1000 * statistics.median(seconds)
-            timings.append(Timing(case, backend, direction, low, middle, share))
+        wanted += [
+            (case, name, direction, _call(case, rule, direction, device))
+            for direction in directions
+            for name, rule in _implementations(case).items()
+        ]
+    calls = [call for *_, call in wanted]
+    of_mm, *of_calls = _interleaved([lambda: matrix @ matrix, *calls], rounds, device)
+    rate = 2 * mm_size**3 / min(of_mm)
+    timings = []
+    for (case, name, direction, _), seconds in zip(wanted, of_calls, strict=True):
+        share = case.flops / min(seconds) / rate if direction == "forward" else None
+        low, middle = 1000 * min(seconds), 1000 * statistics.median(seconds)
+        timings.append(Timing(case, name, direction, low, middle, share))
     return timings
 
 
-def _call(case: Case, backend: str, direction: str, device: torch.device) -> Callable[[], object]:
+def _implementations(case: Case) -> dict[str, Rule]:
+    bounds = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
+
+    def ours(backend: str) -> Rule:
+        def rule(q, k, v, log_decay, erase, write):
+            return gated_delta_rule(
+                q,
+                k,
+                v,
+                log_decay=log_decay,
+                erase=erase,
+                write=write,
+                scale=case.K**-0.5,
+                cu_seqlens=None if bounds is None else bounds.to(q.device),
+                backend=backend,
+            )[0]
+
+        return rule
+
+    rules = {"chunked": ours("chunked")}
+    if case.loop:
+        rules["reference"] = ours("reference")
+    return rules | (load_peers(case.member) if case.member else {})
+
+
+def _call(case: Case, rule: Rule, direction: str, device: torch.device) -> Callable[[], object]:
     """What is timed; its operands are made before."""
-    B, T, H, K, V, _ = case
+    B, T, H, HV, K, V = case.B, case.T, case.H, case.HV or case.H, case.K, case.V
     generator = torch.Generator(device).manual_seed(0)
 
-    def randn(channels: int) -> Tensor:
-        return torch.randn(B, T, H, channels, generator=generator, device=device)
+    def randn(heads: int, channels: int) -> Tensor:
+        return torch.randn(B, T, heads, channels, generator=generator, device=device)
 
-    q, k, v = randn(K), F.normalize(randn(K), dim=-1), randn(V)
-    log_decay, erase, write = F.logsigmoid(randn(K) + 3), randn(K).sigmoid(), randn(V).sigmoid()
-    operands, weight = (q, k, v, log_decay, erase, write), randn(V)
+    def gate(form: str | None, heads: int, channels: int) -> Tensor | None:
+        if form is None:
+            return None
+        return randn(heads, channels) if form == "channel" else randn(heads, 1)[..., 0]
 
-    def forward() -> Tensor:
-        return gated_delta_rule(
-            q, k, v, log_decay=log_decay, erase=erase, write=write, scale=K**-0.5, backend=backend
-        )[0]
-
+    heads = case.gate_heads or H
+    q, k, v = randn(H, K), F.normalize(randn(H, K), dim=-1), randn(HV, V)
+    log_decay, erase = gate(case.decay, heads, K), gate(case.erase, heads, K)
+    write = gate(case.write, HV, V)
+    if log_decay is not None:
+        log_decay = F.logsigmoid(log_decay + 3)
+    if log_decay is not None and case.log_decays is not None:
+        values = torch.tensor(case.log_decays, device=device)
+        at = torch.randint(len(values), log_decay.shape, generator=generator, device=device)
+        log_decay = values[at]
+    gates = (log_decay, *(x if x is None else x.sigmoid() for x in (erase, write)))
+    operands = [x if x is None else x.to(case.dtype) for x in (q, k, v, *gates)]
+    weight = randn(HV, V).to(case.dtype)
     if direction == "forward":
-        return torch.no_grad()(forward)
-    for operand in operands:
-        operand.requires_grad_()
-    return lambda: torch.autograd.grad(forward(), operands, weight)
+        return torch.no_grad()(lambda: rule(*operands))
+    leaves = [x.requires_grad_() for x in operands if x is not None]
+
+    def both() -> object:
+        return torch.autograd.grad(rule(*operands), leaves, weight, allow_unused=True)
+
+    return both
 
 
 def _interleaved(
@@ -143,17 +243,21 @@ def device_name(device: torch.device) -> str:
 
 
 def show(timings: Sequence[Timing]) -> None:
-    """A table for each case; the ratio is that of a median to the first backend's."""
+    """A table for each case; ratios are of minima, to the case's first and to the first case's."""
+    leading: dict[str, float] = {}
     for case, of_case in groupby(timings, key=lambda timing: timing.case):
         table = Table("direction", "backend", title=case.name, title_justify="left")
-        for heading in ("min ms", "median ms", "ratio", "share of mm"):
+        headings = ("min ms", "median ms", "us/token", "ratio", "to first case", "share of mm")
+        for heading in headings:
             table.add_column(heading, justify="right")
         first: dict[str, float] = {}
         for t in of_case:
-            ratio = t.median_ms / first.setdefault(t.direction, t.median_ms)
+            per_token = 1000 * t.min_ms / (case.B * case.T)
+            ratio = t.min_ms / first.setdefault(t.direction, t.min_ms)
+            to_first = per_token / leading.setdefault(t.direction, per_token)
             share = "" if t.share_of_mm is None else f"{t.share_of_mm:.1%}"
-            times = (f"{t.min_ms:.2f}", f"{t.median_ms:.2f}")
-            table.add_row(t.direction, t.backend, *times, f"{ratio:.2f}", share)
+            times = (f"{t.min_ms:.2f}", f"{t.median_ms:.2f}", f"{per_token:.2f}")
+            table.add_row(t.direction, t.backend, *times, f"{ratio:.2f}", f"{to_first:.2f}", share)
         Console().print(table)
 
 
@@ -183,12 +287,15 @@ def _row(t: Timing) -> dict[str, object]:
     return t._asdict() | {"case": t.case.name, "share_of_mm": share, **times}
 
 
-def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
+def main(argv: Sequence[str] | None = None, suites: Mapping[str, Sequence[Case]] = SUITES) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gated_delta_rule",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)}; default: all"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default: 10")
@@ -199,13 +306,17 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> in
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    for suite in args.suites:
+        if suite not in suites:
+            parser.error(f"there is no suite {suite!r}, only {', '.join(suites)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    timings = measure(cases, rounds=args.rounds, device=device)
-    show(timings)
-    append(timings, args.csv, device)
-    print(f"added {len(timings)} rows to {args.csv}")
+    for suite in args.suites or suites:
+        timings = measure(suites[suite], rounds=args.rounds, device=device)
+        show(timings)
+        append(timings, args.csv, device)
+        print(f"added {len(timings)} rows to {args.csv}")
     return 0
 
 

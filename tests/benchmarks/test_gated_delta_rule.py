@@ -3,47 +3,93 @@ import csv
 import pytest
 import torch
 
-from benchmarks.gated_delta_rule import CASES, Case, main, measure
+from benchmarks.gated_delta_rule import SUITES, Case, _call, _implementations, main, measure
+from benchmarks.peers import load_peers
 
-TINY = (Case(1, 70, 2, 8, 4, backward=True), Case(2, 64, 1, 8, 8, backward=False))
+TINY = (
+    Case("loop", 1, 70, 2, K=8, V=4, loop=True),
+    Case("packed", 1, 64, 1, K=8, V=8, HV=2, gate_heads=2, cu_seqlens=(0, 3, 64), backward=False),
+    Case("tied", 1, 64, 1, K=8, V=8, decay="head", erase=None, log_decays=(0.0, -90.0)),
+)
 KINDS = [
-    ("B=1 T=70 H=2 K=8 V=4", "forward", "chunked"),
-    ("B=1 T=70 H=2 K=8 V=4", "forward", "reference"),
-    ("B=1 T=70 H=2 K=8 V=4", "forward+backward", "chunked"),
-    ("B=1 T=70 H=2 K=8 V=4", "forward+backward", "reference"),
-    ("B=2 T=64 H=1 K=8 V=8", "forward", "chunked"),
-    ("B=2 T=64 H=1 K=8 V=8", "forward", "reference"),
+    ("loop", "forward", "chunked"),
+    ("loop", "forward", "reference"),
+    ("loop", "forward+backward", "chunked"),
+    ("loop", "forward+backward", "reference"),
+    ("packed", "forward", "chunked"),
+    ("tied", "forward", "chunked"),
+    ("tied", "forward+backward", "chunked"),
 ]
 
 
 def test_useful_products_are_those_of_the_formula():
-    assert CASES[0].flops == 2048 * 4 * (10 * 64 * 128 + 6 * 128 * 128)
+    assert SUITES["speed"][0].flops == 2048 * 4 * (10 * 64 * 128 + 6 * 128 * 128)
 
 
-def test_every_backend_is_timed_in_every_direction():
+def test_every_implementation_is_timed_in_every_direction():
     timings = measure(TINY, rounds=3, device=torch.device("cpu"), mm_size=16)
-    assert [(t.case.name, t.direction, t.backend) for t in timings] == KINDS
+    assert [(t.case.title, t.direction, t.backend) for t in timings] == KINDS
     assert all(0 < t.min_ms <= t.median_ms for t in timings)
     assert all((t.share_of_mm is None) == (t.direction == "forward+backward") for t in timings)
     assert all(t.share_of_mm > 0 for t in timings if t.share_of_mm is not None)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("member", ["gdn2", "kda", "gated_deltanet"])
+def test_peers_compute_the_same(member):
+    tied = {} if member == "gdn2" else {"erase": "head", "write": "head"}
+    decay = {"decay": "head"} if member == "gated_deltanet" else {}
+    case = Case(member, 1, 64, 2, K=16, V=16, member=member, backward=False, **tied, **decay)
+    peers = load_peers(member)
+    if not any(name.startswith("fla") for name in peers):
+        pytest.skip("fla-core is not installed: make peers")
+    ours, *theirs = outputs(case)
+    assert len(theirs) == len(peers) >= 2
+    for out in theirs:
+        assert (out - ours).abs().max() < 1e-5
+
+
+def outputs(case: Case) -> list[torch.Tensor]:
+    """What each implementation gives for the operands that are timed, with erase and write tied."""
+    results = []
+
+    def record(rule):
+        def recorded(q, k, v, log_decay, erase, write):
+            tied = write if case.erase == "channel" else erase
+            results.append(rule(q, k, v, log_decay, erase, tied))
+            return results[-1]
+
+        return recorded
+
+    for rule in _implementations(case).values():
+        _call(case, record(rule), "forward", torch.device("cpu"))()
+    return results
+
+
 def test_rows_are_added_under_one_heading(tmp_path, capsys):
     path = tmp_path / "results.csv"
     for _ in range(2):
-        assert main(["--rounds", "1", "--csv", str(path)], cases=TINY) == 0
+        assert main(["--rounds", "1", "--csv", str(path)], suites={"tiny": TINY}) == 0
     text = capsys.readouterr().out
-    assert "forward+backward" in text
-    assert f"added 6 rows to {path}" in text
+    assert "packed: B=1 T=64" in text
+    assert f"added 7 rows to {path}" in text
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["case"], row["direction"], row["backend"]) for row in rows] == 2 * KINDS
+    names = [(row["case"].partition(":")[0], row["direction"], row["backend"]) for row in rows]
+    assert names == 2 * KINDS
     machine = ["date", "commit", "device", "torch", "threads", "script"]
     timing = ["case", "backend", "direction", "min_ms", "median_ms", "share_of_mm"]
     assert list(rows[0]) == machine + timing
     assert rows[0]["torch"] == torch.__version__
     assert rows[0]["threads"] == str(torch.get_num_threads())
-    assert [bool(row["share_of_mm"]) for row in rows[:6]] == [True, True, False, False, True, True]
+    assert [bool(row["share_of_mm"]) for row in rows[:7]] == [d == "forward" for _, d, _ in KINDS]
+
+
+def test_unknown_suite_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sped"])
+    assert stop.value.code == 2
+    assert "no suite 'sped', only speed, forms, length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--threads"])

@@ -1,0 +1,77 @@
+"""Other projects' plain PyTorch forms of the operator, under one signature.
+
+Each takes q, k, v, log_decay, erase, write of a member of the family and returns the outputs, with
+the read scaled by ``K^-0.5``. `make peers` installs flash-linear-attention; its files are loaded by
+location, because the package's own imports may want a GPU.
+"""
+
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+Rule = Callable[..., Tensor]
+
+
+def load_peers(member: str) -> dict[str, Rule]:
+    """By project and function, those of `member` ("gdn2", "kda", "gated_deltanet") found here."""
+    rules: dict[str, Rule] = {}
+    for load in (_load_fla, _load_transformers):
+        try:
+            rules |= load(member)
+        except ImportError:
+            continue
+    return rules
+
+
+def _load_fla(member: str) -> dict[str, Rule]:
+    operator = {"gated_deltanet": "gated_delta_rule"}.get(member, member)
+    naive = _load_file("fla-core", f"fla/ops/{operator}/naive.py")
+    gates = _untied if member == "gdn2" else _tied
+    names = (f"naive_recurrent_{operator}", f"naive_chunk_{operator}")
+    return {f"fla {name}": gates(getattr(naive, name)) for name in names}
+
+
+def _load_transformers(member: str) -> dict[str, Rule]:
+    if member == "gated_deltanet":
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        return {"transformers torch_chunk_gated_delta_rule": _tied(torch_chunk_gated_delta_rule)}
+    if member == "kda":
+        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+
+        return {"transformers chunk_kimi_delta_attention": _tied(chunk_kimi_delta_attention)}
+    return {}
+
+
+def _untied(function: Callable) -> Rule:
+    def rule(q, k, v, log_decay, erase, write):
+        return function(q, k, v, g=log_decay, b=erase, w=write)[0]
+
+    return rule
+
+
+def _tied(function: Callable) -> Rule:
+    function = inspect.unwrap(function)  # transformers puts fla's kernels around its own, if found
+
+    def rule(q, k, v, log_decay, erase, write):  # noqa: ARG001
+        # Erase and write are one gate.
+        return function(q, k, v, g=log_decay, beta=erase)[0]
+
+    return rule
+
+
+def _load_file(distribution: str, file: str) -> ModuleType:
+    try:
+        path = importlib.metadata.distribution(distribution).locate_file(file)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"{distribution} is not installed") from error
+    spec = importlib.util.spec_from_file_location(f"peer_{distribution}", str(path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
