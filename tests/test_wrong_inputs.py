@@ -67,9 +67,10 @@ PREPARE = [
     ("{cut.jsonl.gz} --out {out}", "is broken: Compressed file ended before the end-of-stream"),
     ("{cut.jsonl.zst} --out {out}", "is broken: Compressed file ended before the end-of-stream"),
     ("{texts} --out {texts}", "out must be a folder, but"),
-    ("{texts} --out {texts}/out", "can not be a folder: Not a directory; choose another"),
+    ("{texts} --out {texts}/out", "can not be made: Not a directory; choose another"),
     ("{texts} --out /dev/full", "out must be a folder, but /dev/full is a file"),
-    ("{texts} --out /proc/nothing/out", "/proc/nothing/out can not be a folder: No such file or"),
+    ("{texts} --out /proc/nothing/out", "/proc/nothing/out can not be made: No such file or"),
+    ("{texts} --out /sys/gdn2", "/sys/gdn2 can not be made: "),
     ("{texts} --out {pictures}", "is not empty and was not begun by prepare: use another"),
     ("{pictures} --out {pictures}/out", "lies inside the source folder"),
     ("{texts} --out {data}", "vocab_size was 300 and is 8192"),
@@ -155,8 +156,9 @@ TRAIN = [
     ("debug --data {data:othertokenizer} --out {out}", "is missing or not the tokenizer that"),
     ("debug --data {data:badsettings} --out {out}", "tokenizer_config.json is not JSON"),
     ("debug --data {data} --out {texts}", "can not be a folder: it is a file; choose another"),
-    ("debug --data {data} --out {texts}/run", "can not be a folder: Not a directory; choose"),
+    ("debug --data {data} --out {texts}/run", "can not be made: Not a directory; choose"),
     ("debug --data {data} --out /dev/full", "/dev/full can not be a folder: it is a file; choose"),
+    ("debug --data {data} --out /sys/gdn2", "/sys/gdn2 can not be made: "),
     ("debug --data {data} --out {pictures}", "is not empty and was not begun by train: choose"),
     ("debug --data {data} --out {data}", "is not empty and was not begun by train: choose"),
     ("debug --data {data} --out {run}", "schedule.total_tokens 2048 -> 20480"),
@@ -266,9 +268,10 @@ EVAL = [
     ("{run} --out {out} --data {data:outvalidation}", "is damaged: its shards of validation are"),
     ("{run} --out ''", "argument --out: the path is empty"),
     ("{run} --out {texts}", "can not be a folder: it is a file; choose another"),
-    ("{run} --out {texts}/out", "can not be a folder: Not a directory; choose another"),
+    ("{run} --out {texts}/out", "can not be made: Not a directory; choose another"),
     ("{run} --out /dev/full", "/dev/full can not be a folder: it is a file; choose another"),
-    ("{run} --out /proc/nothing", "/proc/nothing can not be a folder: No such file or directory;"),
+    ("{run} --out /sys/gdn2", "/sys/gdn2 can not be made: "),
+    ("{run} --out /proc/nothing", "/proc/nothing can not be made: No such file or directory;"),
     ("{run} --out {out} --out {out}", "argument --out: given twice"),
     ("{run} --device tpu", "argument --device: invalid choice: 'tpu' (choose from 'cpu',"),
     ("{run} --device cuda:99", "argument --device: invalid choice: 'cuda:99' (choose from"),
@@ -688,6 +691,26 @@ def test_names_that_are_not_utf8_are_names(things: Things, tmp_path: Path) -> No
     for _ in range(2):
         assert cli.main(["prepare", str(source), "--out", str(out), "--vocab-size", "300"]) == 0
     assert json.loads((out / "manifest.json").read_text())["sources"][0]["name"] == str(source)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prepare {texts} --out {out}",
+        "train debug --data {data} --out {out}",
+        "eval {run} --out {out}",
+    ],
+)
+def test_a_read_only_folder_is_refused_before_the_work(
+    line: str,
+    call: Callable[[str], tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    access = os.access  # chmod does not stop root
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    code, message = call(line)
+    assert code == 2
+    assert message.endswith("out is read-only; choose another")
 
 
 def test_a_wrong_option_does_not_spoil_the_folder(

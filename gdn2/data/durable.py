@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 UNFINISHED = ".tmp"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -32,12 +33,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make it, if absent; ValueError where the path can not be that of a folder."""
+    """Make it, if absent; ValueError where none can be written, before there is work to lose."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise ValueError(f"{folder} can not be a folder: {reason}; choose another") from error
+    except FileExistsError as error:
+        raise ValueError(f"{folder} can not be a folder: it is a file; choose another") from error
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise ValueError(f"{folder} can not be made: {error.strerror}; choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is read-only; choose another")
 
 
 def write_json(path: Path, data: object) -> None:
@@ -100,7 +106,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         raise OSError(
             error.errno, f"no room to write {path} ({error.strerror}); make room and run it again"
