@@ -118,6 +118,25 @@ def logit_differences(mixers: list[str]) -> dict[str, float]:
     return worst
 
 
+def form_row(forms: tuple[str | None, ...]) -> str:
+    """Float32 (this backend, then a float32 token loop) and bfloat16 against the truth."""
+    case = Case(*forms, B=1, T=300, K=64, V=64)
+    inputs = make_inputs(case)
+    single = cast(inputs, torch.float32)
+    exact = cast(single, torch.float64)
+    truth, loop = (run(x, case, backend="reference") for x in (exact, single))
+    loops = {name: error(loop[name], truth[name]) for name in truth}
+    outputs = max(loops.pop("out"), loops.pop("new_state"))
+    numbers = [
+        *against_truth(case, inputs, torch.float32),
+        outputs,
+        max(loops.values()),
+        *against_truth(case, inputs, torch.bfloat16),
+    ]
+    cells = [*(str(form or "-") for form in forms), *(f"{x:.1e}" for x in numbers)]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     print("| guarantee | float64 outputs | gradients | float32 outputs | gradients |")
     print("|---|---|---|---|---|")
@@ -135,6 +154,12 @@ def main() -> None:
     for mixers in (["gdn2"], ["kda"], ["gated_deltanet"], ["gdn2", "sliding_attention"]):
         for how, difference in logit_differences(mixers).items():
             print(f"| {', '.join(mixers)}: {how} | {difference:.1e} |")
+    print()
+    pairs = [f"{name} {what}" for name in ("float32", "loop") for what in ("out", "grad")]
+    print(f"| decay | erase | write | {' | '.join(pairs)} | bfloat16 out | grad |")
+    print("|---" * 9 + "|")
+    for forms in GATE_FORMS:
+        print(form_row(forms))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class BlockInverse:
     columns of the lower one. The inverses of the diagonal blocks of h rows then give those of 2h
     rows, exactly:
 
-        A_21 = -A_22 T_21 A_11        for all blocks at once: A <- A - A T_h A, h = 1, 2, 4 ... C/2
+        A_21 = -A_22 T_21 A_11        for all blocks at once: A <- A - A (T_h A), h = 1, 2, 4 ... C/2
 
     in any order of the tokens. A Neumann series would not do: its terms grow like binomials where
     keys repeat, and cancel.
@@ -38,8 +38,8 @@ class BlockInverse:
             return
         torch.sub(self.eye, self.parts[0], out=self.stages[0])
         for part, inverse, out in zip(self.parts[1:], self.stages, self.stages[1:], strict=False):
-            torch.bmm(inverse, part, out=self.product)
-            torch.baddbmm(inverse, self.product, inverse, alpha=-1, out=out)
+            torch.bmm(part, inverse, out=self.product)
+            torch.baddbmm(inverse, inverse, self.product, alpha=-1, out=out)
 
 
 def split_strictly_lower(lower: Tensor, parts: list[Tensor]) -> None:
