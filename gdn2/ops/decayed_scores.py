@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Workspace
-from gdn2.ops.triangular import BlockInverse, split_strictly_lower
+from gdn2.ops.chunk_schedule import TokenOrder, Workspace
+from gdn2.ops.triangular import BlockInverse
 
 
 def smallest_factor(dtype: torch.dtype) -> float:
@@ -60,7 +60,8 @@ class NoDecay:
         self.log_decay = empty("decay", C, M, 0)
         self.scores = empty("scores", M, Y * C, C)
         self.query_scores = self.scores[:, -C:]
-        self.block_inverse = BlockInverse(M, C, empty) if Y == 2 else None
+        order = TokenOrder(C, bits_reversed=False)
+        self.block_inverse = BlockInverse(M, C, order, empty) if Y == 2 else None
         if keep:
             self.drows, self.dk, self.dscores = _gradients(Y, C, M, K, empty)
 
@@ -76,9 +77,7 @@ class NoDecay:
 
     def _invert(self) -> None:
         if self.block_inverse is not None:
-            erase_scores = self.scores[:, : self.scores.shape[2]]
-            split_strictly_lower(erase_scores, self.block_inverse.parts)
-            self.block_inverse.compute()
+            self.block_inverse.compute(self.scores[:, : self.scores.shape[2]])
 
     def backward(self) -> Tensor | None:
         """Returns the gradient of G, ``[C, M, K or 1]``, in this class's order."""
@@ -163,7 +162,11 @@ class ChannelDecay:
         self.log_decay = self.decay = empty("decay", C, M, K)
         self.query_scores = empty("query scores", M, C, C, zero=True)  # stays so in the future
         self.itself = self.query_scores.diagonal(dim1=1, dim2=2).t()  # [C, M]
-        self.block_inverse = BlockInverse(M, C, empty) if Y == 2 else None
+        self.block_inverse = None
+        if Y == 2:
+            order = TokenOrder(C, bits_reversed=True)
+            self.block_inverse = BlockInverse(M, C, order, empty)
+            self.erase_scores = empty("erase scores", M, C, C, zero=True)
         self.total = self.decay
         self.merges = []
         while len(self.total) > 1:
@@ -184,7 +187,7 @@ class ChannelDecay:
         for x in (self.rows, self.tails):
             torch.ops.aten.hardshrink.out(x, smallest_factor(x.dtype), out=x)
         if self.block_inverse is not None:
-            self.block_inverse.compute()
+            self.block_inverse.compute(self.erase_scores)
 
     def backward(self) -> Tensor:
         for merge in reversed(self.merges):
@@ -227,8 +230,7 @@ class _Merge:
             met = self.met.view(J, M, Y, h, h)
         self.places = [(_meeting_places(x.query_scores, h), met[:, :, -1])]
         if x.block_inverse is not None:
-            part = x.block_inverse.parts[len(x.merges)]
-            self.places.append((_meeting_places(part, h), met[:, :, 0]))
+            self.places.append((_meeting_places(x.erase_scores, h), met[:, :, 0]))
         if x.keep:
             self.kept_upper = empty(f"upper {h}", Y * h, b, K)
             self.kept_lower = empty(f"lower {h}", h, b, K)

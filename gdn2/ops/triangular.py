@@ -3,49 +3,57 @@
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Workspace
+from gdn2.ops.chunk_schedule import TokenOrder, Workspace
 
 
 class BlockInverse:
     """``A = (I + T)^-1`` for strictly lower triangular T [M, C, C]; C a power of two.
 
-    T comes in parts: T_h is zero but where, in a block of 2h tokens, rows of the upper half meet
-    columns of the lower one. The inverses of the diagonal blocks of h rows then give those of 2h
-    rows, exactly:
+    Let T_h be T where, in a block of 2h tokens, rows of the upper half meet columns of the lower
+    one, and else zero. Inverses of the diagonal blocks of h rows give those of 2h rows, exactly:
 
-        A_21 = -A_22 T_21 A_11        for all blocks at once: A <- A - A (T_h A), h = 1, 2, 4 ... C/2
+        A_21 = -A_22 T_21 A_11       for all blocks: A <- A - A (T_h A), h = 1, 2, 4 ... C/2
 
-    in any order of the tokens. A Neumann series would not do: its terms grow like binomials where
-    keys repeat, and cancel.
+    A Neumann series would not do: its terms grow like binomials where keys repeat, and cancel. Sums
+    run in the order of time for the same reason: neighbours in A have opposite signs there.
 
     Attributes:
-        parts: T_1, T_2, T_4 ..., zero at first, to be filled by the caller.
         inverse: A, after `compute`.
     """
 
-    def __init__(self, M: int, C: int, empty: Workspace):
-        halves = [2**i for i in range(C.bit_length() - 1)]
-        self.parts = [empty(f"part {h}", M, C, C, zero=True) for h in halves]
+    def __init__(self, M: int, C: int, order: TokenOrder, empty: Workspace):
+        token = torch.arange(C, device=empty.device)
+        self.masks: list[Tensor] = []
+        while 2 ** len(self.masks) < C:
+            block = token >> len(self.masks)
+            meet = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)
+            self.masks.append(meet.to(empty.dtype))
         self.eye = torch.eye(C, dtype=empty.dtype, device=empty.device).expand(M, C, C)
-        self.product = empty("inverse product", M, C, C)
-        buffers = [empty("inverse", M, C, C), empty("other inverse", M, C, C)]
-        self.stages = [buffers[i % 2] for i in range(max(len(halves), 1))]
-        self.inverse = self.stages[-1]
+        self.part, self.product = empty("part", M, C, C), empty("inverse product", M, C, C)
+        self.stages = empty("inverse", M, C, C), empty("other inverse", M, C, C)
+        self.inverse = self.stages[(len(self.masks) - 1) % 2 if self.masks else 0]
+        times = order.times(C).to(empty.device)
+        self.in_time = torch.equal(times, token)
+        if not self.in_time:
+            self.to_time = self.eye[0, :, times].expand(M, C, C)
+            self.by_time = empty("T by time", M, C, C)
+            self.inverse = empty("inverse by order", M, C, C)
 
-    def compute(self) -> None:
-        if not self.parts:
-            self.inverse.copy_(self.eye)
-            return
-        torch.sub(self.eye, self.parts[0], out=self.stages[0])
-        for part, inverse, out in zip(self.parts[1:], self.stages, self.stages[1:], strict=False):
-            torch.bmm(part, inverse, out=self.product)
-            torch.baddbmm(inverse, inverse, self.product, alpha=-1, out=out)
-
-
-def split_strictly_lower(lower: Tensor, parts: list[Tensor]) -> None:
-    """Fill the parts of `BlockInverse` from a strictly lower triangular matrix, tokens in time."""
-    token = torch.arange(lower.shape[-1], device=lower.device)
-    for i, part in enumerate(parts):
-        block = token >> i
-        meet = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)
-        torch.mul(lower, meet.to(lower.dtype), out=part)
+    def compute(self, lower: Tensor) -> None:
+        """Invert ``I + lower``, whose rows and columns have the tokens in the given order."""
+        if not self.in_time:  # by products: to copy through so many short axes is far slower
+            torch.matmul(lower, self.to_time[0].mT, out=self.product)
+            lower = torch.bmm(self.to_time, self.product, out=self.by_time)
+        inverse, other = self.stages
+        inverse.copy_(self.eye)
+        for level, mask in enumerate(self.masks):
+            torch.mul(lower, mask, out=self.part)
+            if level == 0:
+                inverse.sub_(self.part)
+                continue
+            torch.bmm(self.part, inverse, out=self.product)
+            torch.baddbmm(inverse, inverse, self.product, alpha=-1, out=other)
+            inverse, other = other, inverse
+        if not self.in_time:
+            torch.matmul(inverse, self.to_time[0], out=self.product)
+            torch.bmm(self.to_time.mT, self.product, out=self.inverse)
