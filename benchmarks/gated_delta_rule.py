@@ -138,7 +138,7 @@ def measure(
         wanted += [
             (case, name, direction, _call(case, rule, direction, device))
             for direction in directions
-            for name, rule in _implementations(case).items()
+            for name, rule in implementations(case).items()
         ]
     calls = [call for *_, call in wanted]
     of_mm, *of_calls = _interleaved([lambda: matrix @ matrix, *calls], rounds, device)
@@ -151,7 +151,7 @@ def measure(
     return timings
 
 
-def _implementations(case: Case) -> dict[str, Rule]:
+def implementations(case: Case) -> dict[str, Rule]:
     bounds = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
 
     def ours(backend: str) -> Rule:
@@ -178,6 +178,15 @@ def _implementations(case: Case) -> dict[str, Rule]:
 
 def _call(case: Case, rule: Rule, direction: str, device: torch.device) -> Callable[[], object]:
     """What is timed; its operands are made before."""
+    operands, weight = operands_of(case, device)
+    if direction == "forward":
+        return torch.no_grad()(lambda: rule(*operands))
+    leaves = [x.requires_grad_() for x in operands if x is not None]
+    return lambda: torch.autograd.grad(rule(*operands), leaves, weight, allow_unused=True)
+
+
+def operands_of(case: Case, device: torch.device) -> tuple[list[Tensor | None], Tensor]:
+    """q, k, v, log_decay, erase, write, and an upstream gradient."""
     B, T, H, HV, K, V = case.B, case.T, case.H, case.HV or case.H, case.K, case.V
     generator = torch.Generator(device).manual_seed(0)
 
@@ -201,15 +210,7 @@ def _call(case: Case, rule: Rule, direction: str, device: torch.device) -> Calla
         log_decay = values[at]
     gates = (log_decay, *(x if x is None else x.sigmoid() for x in (erase, write)))
     operands = [x if x is None else x.to(case.dtype) for x in (q, k, v, *gates)]
-    weight = randn(HV, V).to(case.dtype)
-    if direction == "forward":
-        return torch.no_grad()(lambda: rule(*operands))
-    leaves = [x.requires_grad_() for x in operands if x is not None]
-
-    def both() -> object:
-        return torch.autograd.grad(rule(*operands), leaves, weight, allow_unused=True)
-
-    return both
+    return operands, randn(HV, V).to(case.dtype)
 
 
 def _interleaved(

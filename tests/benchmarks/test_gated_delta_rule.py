@@ -3,7 +3,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks.gated_delta_rule import SUITES, Case, _call, _implementations, main, measure
+from benchmarks.gated_delta_rule import SUITES, Case, _call, implementations, main, measure
 from benchmarks.peers import load_peers
 
 TINY = (
@@ -61,7 +61,7 @@ def outputs(case: Case) -> list[torch.Tensor]:
 
         return recorded
 
-    for rule in _implementations(case).values():
+    for rule in implementations(case).values():
         _call(case, record(rule), "forward", torch.device("cpu"))()
     return results
 
