@@ -334,6 +334,10 @@ GENERATE = [
     ("{run} --prompt a --device cuda:99", "argument --device: invalid choice: 'cuda:99' (choose"),
     ("{run} --prompt a --data {data}", "unrecognized arguments: --data"),
     ("{run} --prompt a model.vocab_size=3", "unrecognized arguments: model.vocab_size=3"),
+    ("{run} --prompt a --temperature 1e-45", "temperature must be above 0 and finite"),
+    ("{run} --prompt a --temperature inf", "temperature must be above 0 and finite"),
+    ("{run} --prompt a --seed -1", "seed must be at least 0 and below 2^63, got -1"),
+    ("{run} --prompt a --seed 18446744073709551616", "seed must be at least 0 and below 2^63, got 18446"),
 ]
 
 OVERRIDES = [

@@ -1,5 +1,6 @@
 """Text from a prompt, handed over as it is made."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +33,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
-        if not (self.greedy or self.temperature > 0):
-            raise ValueError(f"temperature must be above 0 (or greedy), got {self.temperature}")
+        # Logits are divided by it in float32.
+        if not (self.greedy or 1e-30 <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature must be above 0 and finite (or greedy), got {self.temperature}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -91,6 +97,11 @@ def write_texts(
 def read_text(model: Any, encoder: Encoder, text: str, memory: Memory | None = None) -> Memory:
     """Read `text` as the start of a document, or after a `memory`, which is used up."""
     tokens = encoder.encode(text)
+    if max(tokens) >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(tokens)}, but the model knows "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
     if memory is not None:
         tokens = tokens[1:]  # no separator: the document goes on
     row = torch.tensor([tokens], dtype=torch.long, device=model.device)
