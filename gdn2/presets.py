@@ -123,13 +123,13 @@ def prose_recipe(model: Gdn2Config) -> Run:
     return Run(
         model=model,
         data=DataConfig(sequence_length=512),
-        optim=OptimConfig(lr=2e-3),
+        optim=OptimConfig(lr=3e-3),
         schedule=ScheduleConfig(
-            total_tokens=8_192_000, warmup_tokens=327_680, tokens_per_step=8192
+            total_tokens=7_372_800, warmup_tokens=204_800, tokens_per_step=4096
         ),
         parallel=ParallelConfig(micro_batch_size=8),
-        checkpoint=CheckpointConfig(every_tokens=409_600),
-        log=LogConfig(validate_every_tokens=409_600, validation_tokens=65_536),
+        checkpoint=CheckpointConfig(every_tokens=184_320),
+        log=LogConfig(validate_every_tokens=368_640, validation_tokens=65_536),
     )
 
 
