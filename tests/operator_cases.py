@@ -129,9 +129,7 @@ def run(
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
     device = inputs["q"].device
     cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=device)
-    out, state = rule(
-        **leaves, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend
-    )
+    out, state = rule(**leaves, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend)
     generator = torch.Generator().manual_seed(99)
     d_out, d_state = (
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)

