@@ -314,9 +314,18 @@ GENERATE = [
     ("{run} --prompt a --max-new-tokens 1.5", "argument --max-new-tokens: invalid int value:"),
     ("{run} --prompt a --max-new-tokens many", "argument --max-new-tokens: invalid int value:"),
     ("{run} --prompt a --max-new-tokens", "argument --max-new-tokens: expected one argument"),
-    ("{run} --prompt a --temperature 0", "temperature must be above 0 (or greedy), got 0.0"),
-    ("{run} --prompt a --temperature -1", "temperature must be above 0 (or greedy), got -1.0"),
-    ("{run} --prompt a --temperature nan", "temperature must be above 0 (or greedy), got nan"),
+    (
+        "{run} --prompt a --temperature 0",
+        "temperature must be finite and above 0 (or greedy), got 0.0",
+    ),
+    (
+        "{run} --prompt a --temperature -1",
+        "temperature must be finite and above 0 (or greedy), got -1.0",
+    ),
+    (
+        "{run} --prompt a --temperature nan",
+        "temperature must be finite and above 0 (or greedy), got nan",
+    ),
     ("{run} --prompt a --temperature hot", "argument --temperature: invalid float value: 'hot'"),
     ("{run} --prompt a --top-k 0", "top_k must be at least 1, got 0"),
     ("{run} --prompt a --top-k -1", "top_k must be at least 1, got -1"),
@@ -334,8 +343,8 @@ GENERATE = [
     ("{run} --prompt a --device cuda:99", "argument --device: invalid choice: 'cuda:99' (choose"),
     ("{run} --prompt a --data {data}", "unrecognized arguments: --data"),
     ("{run} --prompt a model.vocab_size=3", "unrecognized arguments: model.vocab_size=3"),
-    ("{run} --prompt a --temperature 1e-45", "temperature must be above 0 and finite"),
-    ("{run} --prompt a --temperature inf", "temperature must be above 0 and finite"),
+    ("{run} --prompt a --temperature 1e-45", "temperature must be finite and above 0 (or greedy)"),
+    ("{run} --prompt a --temperature inf", "temperature must be finite and above 0 (or greedy)"),
     ("{run} --prompt a --seed -1", "seed must be at least 0 and below 2^63, got -1"),
     ("{run} --prompt a --seed 18446744073709551616", "and below 2^63, got 18446"),
 ]

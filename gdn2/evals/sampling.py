@@ -36,7 +36,7 @@ class Sampling:
         # Logits are divided by it in float32.
         if not (self.greedy or 1e-30 <= self.temperature < math.inf):
             raise ValueError(
-                f"temperature must be above 0 and finite (or greedy), got {self.temperature}"
+                f"temperature must be finite and above 0 (or greedy), got {self.temperature}"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")

@@ -46,7 +46,7 @@ class Script:
     """Stands in for a model: says these tokens, remembers what it was asked."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(num_hidden_layers=0)
+    config = SimpleNamespace(num_hidden_layers=0, vocab_size=10**6)
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -139,7 +139,7 @@ def test_an_empty_prompt_begins_a_document(model: Gdn2ForCausalLM, encoder: Enco
     ("settings", "said"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-        ({"temperature": 0.0}, r"temperature must be above 0 \(or greedy\), got 0.0"),
+        ({"temperature": 0.0}, r"temperature must be finite and above 0 \(or greedy\), got 0.0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
