@@ -105,7 +105,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("generate RUN --prompt a --fork 2 --greedy", "the same text again"),
         ("generate RUN --prompt a --fork 0", "--fork must be at least 1, got 0"),
         ("generate RUN --prompt a --max-new-tokens -1", "max_new_tokens must be at least 0"),
-        ("generate RUN --prompt a --temperature 0", "temperature must be above 0"),
+        ("generate RUN --prompt a --temperature 0", "temperature must be finite and above 0"),
         ("generate RUN --prompt a --top-k 0", "top_k must be at least 1"),
         ("generate RUN --prompt a --top-p 1.5", "top_p must be in (0, 1]"),
         ("info gdn_1p3b", "gdn2_1p3b"),
