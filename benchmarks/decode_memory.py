@@ -8,12 +8,10 @@ out. Each case adds a row to the CSV file, with the bytes in its name.
 """
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gated_delta_rule import RESULTS, Timing, append, wait
+from benchmarks.process import apart, free_bytes, peak_bytes
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM, read_tokens
 from gdn2.presets import load_preset
 
@@ -149,28 +148,13 @@ def _room(device: torch.device) -> float:
     """Free bytes, as far as the system says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _kilobytes("/proc/meminfo", "MemAvailable") or float("inf")
+    return free_bytes() or float("inf")
 
 
 def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _kilobytes("/proc/self/status", "VmHWM")
-
-
-def _kilobytes(path: str, name: str) -> int | None:
-    """Linux's answer in bytes."""
-    if not Path(path).exists():
-        return None
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
-
-
-def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call it in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args, **options).result()
+    return peak_bytes()
 
 
 def show(timings: Sequence[Timing]) -> None:

@@ -5,7 +5,6 @@ the process then needs at most, above that, is put in relation to the bytes of t
 """
 
 import argparse
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.decode_memory import apart
 from benchmarks.gated_delta_rule import Case, implementations, operands_of
+from benchmarks.process import apart, forget_peak, peak_bytes, resident_bytes
 
 LENGTHS = (4096, 16_384, 65_536)
 EXAMPLES = """examples:
@@ -31,18 +30,17 @@ def measure(case: Case, threads: int) -> tuple[int, int]:
     # A short call first: what the libraries themselves allocate is not the operator's.
     _differentiate(rule, *operands_of(Case("warm up", 1, 64, 1), cpu))
     operands, weight = operands_of(case, cpu)
-    before = _peak()
+    before = resident_bytes()
+    if before is None:
+        raise RuntimeError("this machine does not say how much memory a process has (no /proc)")
+    forget_peak()  # what making the inputs took for a moment is not what is asked
     _differentiate(rule, operands, weight)
-    return sum(x.nbytes for x in operands if x is not None), _peak() - before
+    return sum(x.nbytes for x in operands if x is not None), (peak_bytes() or 0) - before
 
 
 def _differentiate(rule: Callable, operands: Sequence[Any], weight: torch.Tensor) -> None:
     leaves = [x.requires_grad_() for x in operands if x is not None]
     torch.autograd.grad(rule(*operands), leaves, weight)
-
-
-def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv: Sequence[str] | None = None, call: Callable[..., Any] = apart) -> int:
