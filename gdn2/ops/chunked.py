@@ -83,12 +83,8 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, log_decay, erase, write, state, cu_seqlens, scale, keep):  # noqa: ARG001
     layout = HeadLayout.of(q, v, log_decay, erase)
-    states = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
-    return (
-        q.new_empty(v.shape),
-        q.new_empty(states, dtype=layout.dtype),
-        _empty_starts(layout, q, cu_seqlens, keep),
-    )
+    starts = _empty_starts(layout, q, cu_seqlens, keep)
+    return q.new_empty(v.shape), _empty_states(layout, q, cu_seqlens), starts
 
 
 @torch.library.custom_op("gdn2::chunked_gated_delta_rule_backward", mutates_args=())
@@ -110,7 +106,7 @@ def _backward(
     layout = HeadLayout.of(q, v, log_decay, erase)
     schedule = _schedule(layout, q, cu_seqlens)
     inputs = layout.flat(operands)
-    grads = operands.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+    grads = _empty_gradients(operands)
     dinputs, dvalues = layout.flat(grads), layout.values(dout)
     dS = layout.state_in(dstate, schedule, dout.device)
     chunks_of = chunks_by_shape(schedule, layout, inputs, scale, keep=True)
@@ -128,11 +124,9 @@ def _backward(
 
 @_backward.register_fake
 def _(dout, dstate, q, k, v, log_decay, erase, write, cu_seqlens, starts, scale):  # noqa: ARG001
+    grads = _empty_gradients(Operands(q, k, v, log_decay, erase, write))
     layout = HeadLayout.of(q, v, log_decay, erase)
-    states = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
-    operands = (x for x in (q, k, v, log_decay, erase, write) if x is not None)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands]
-    return [*grads, q.new_empty(states, dtype=layout.dtype)]
+    return [*(g for g in grads if g is not None), _empty_states(layout, q, cu_seqlens)]
 
 
 def _save(ctx, inputs, output):
@@ -145,9 +139,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dout, dstate, _):
     check_first_order()
-    *operands, cu_seqlens, starts = (
-        ctx.saved_tensors
-    )  # once: a checkpoint recomputes at each access
+    saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
+    *operands, cu_seqlens, starts = saved
     if dout is None:
         dout = torch.zeros_like(operands[2])
     grads = iter(_backward(dout, dstate, *operands, cu_seqlens, starts, ctx.scale))
@@ -176,6 +169,16 @@ def _sizes(layout: HeadLayout, cu_seqlens: Tensor | None) -> dict[str, int]:
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _empty_gradients(x: Operands) -> Operands:
+    """Contiguous, whatever the operands are."""
+    return x.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+
+
+def _empty_states(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    shape = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
+    return q.new_empty(shape, dtype=layout.dtype)
 
 
 def _empty_starts(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> Tensor:
