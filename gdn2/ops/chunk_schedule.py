@@ -177,9 +177,9 @@ class Schedule:
 
     def rank(self, state: Tensor) -> Tensor:
         """Copy states ``[N, ...]`` from the caller's order to the order of ranks."""
-        if self.by_length is not None:
-            state = state[self.by_length]
-        return state.clone(memory_format=torch.contiguous_format)
+        if self.by_length is None:
+            return state.clone(memory_format=torch.contiguous_format)
+        return state[self.by_length].contiguous()
 
     def unrank(self, state: Tensor) -> Tensor:
         """Undo `rank`."""
