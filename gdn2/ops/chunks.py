@@ -125,9 +125,9 @@ class Chunks:
         self.R = empty("R", M, C, W) if self.has_erase else z.transpose(0, 1)
         self.read = empty("read", M, Y * C, W)  # what the rows read of the state
         self.out = empty("out", M, C, W)
-        # As tokens lie in the inputs:
         # What is lower becomes zero; exp() itself is slow where its result is denormal.
         self.lowest = math.log(smallest_factor(empty.dtype)) - 1.0
+        # Buffers as tokens lie in the inputs:
         self.k, self.q = self._key_side(d.raw_k), self._key_side(d.raw_rows[-1])
         self.e = self._key_side(d.raw_rows[0])  # only where there is an erase gate
         self.log_decay = self._key_side(d.log_decay)
