@@ -1,41 +1,16 @@
 """Blocks under torch.compile and under FSDP2: the same numbers as without."""
 
-import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.distributed as dist
+from compilers import BACKENDS
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from gdn2.models import Gdn2Config, loss
+from gdn2.models import loss
 from gdn2.models.modeling import Block, Gdn2ForCausalLM
-
-BACKENDS = [
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
-    ),
-]
-
-
-def small_config() -> Gdn2Config:
-    return Gdn2Config(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        mixers=["gdn2", "sliding_attention"],
-        num_heads=2,
-        num_v_heads=2,
-        head_k_dim=16,
-        head_v_dim=16,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        sliding_window=16,
-        intermediate_size=48,
-    )
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
@@ -43,10 +18,10 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_compiles_whole(backend):
+def test_a_block_compiles_whole(backend, make_config):
     torch.manual_seed(0)
-    block = Block(small_config(), "gdn2")
-    x = torch.randn(2, 40, 32, requires_grad=True)
+    block = Block(make_config(["gdn2"]), "gdn2")
+    x = torch.randn(2, 40, 24, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     results = []
@@ -58,15 +33,15 @@ def test_a_block_compiles_whole(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_decode_step_compiles_whole(backend):
+def test_a_decode_step_compiles_whole(backend, make_config):
     torch.manual_seed(0)
-    block = Block(small_config(), "gdn2").eval()
+    block = Block(make_config(["gdn2"]), "gdn2").eval()
     with torch.no_grad():
-        _, state = block(torch.randn(3, 20, 32))
+        _, state = block(torch.randn(3, 20, 24))
         torch._dynamo.reset()
         compiled = torch.compile(block.step, backend=backend, fullgraph=True)
         other = deepcopy(state)
-        for x in torch.randn(3, 3, 32):
+        for x in torch.randn(3, 3, 24):
             y, state = block.step(x, state)
             got, other = compiled(x, other)
             assert_close(got, y)
@@ -82,14 +57,14 @@ def one_process(tmp_path):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_sharded_model_has_the_same_gradients():
+def test_a_sharded_model_has_the_same_gradients(make_config):
     torch.manual_seed(0)
-    model = Gdn2ForCausalLM(small_config())
+    model = Gdn2ForCausalLM(make_config(["gdn2", "sliding_attention"]))
     sharded = deepcopy(model)
     for block in sharded.model.layers:
         fully_shard(block)
     fully_shard(sharded)
-    tokens = torch.randint(0, 64, (2, 40))
+    tokens = torch.randint(0, 60, (2, 40))
     bounds = torch.tensor([0, 13, 80])
     for cu_seqlens in (None, bounds):
         ids = tokens if cu_seqlens is None else tokens.view(1, -1)

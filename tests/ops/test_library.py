@@ -1,23 +1,16 @@
 """The operator as compilers see it: registered, with shapes known in advance."""
 
 import importlib
-import shutil
 
 import pytest
 import torch
+from compilers import BACKENDS
 from operator_cases import LAYOUTS, Case, cast, error, make_inputs, run
 
 from gdn2.layers import GatedDeltaNet2
 from gdn2.ops import chunked, gated_delta_rule, gated_delta_step, step
 
 causal_conv = importlib.import_module("gdn2.ops.causal_conv")  # the function has the same name
-BACKENDS = [
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
-    ),
-]
 FORMS = [("channel", "channel", "channel"), ("head", "head", None), (None, None, "head")]
 
 
