@@ -83,19 +83,40 @@ class HeadLayout:
 
 
 class _Step(NamedTuple):
-    """Views of one step of the scan: the chunks `now` of M, those of the first `sequences`."""
+    """Views of one step of the scan: a part of M that works on the first `states` of the states."""
 
-    sequences: int
-    now: slice
+    states: int
     rows: Tensor
-    tails: Tensor
+    tails_mT: Tensor
     total: Tensor | None
     inverse: Tensor | None
     z: Tensor
+    start: Tensor | None
     read: Tensor
     read_by_erase: Tensor
     X: Tensor
     R: Tensor
+
+
+class _StepBack(NamedTuple):
+    """Views of one step of the way back."""
+
+    states: int
+    start: Tensor
+    start_mT: Tensor
+    product: Tensor
+    rows_mT: Tensor
+    tails: Tensor
+    total: Tensor | None
+    inverse_mT: Tensor | None
+    R: Tensor
+    dG_end: Tensor
+    dtails: Tensor
+    dR: Tensor
+    dz: Tensor
+    dread: Tensor
+    dread_by_erase: Tensor
+    drows: Tensor
 
 
 class Chunks:
@@ -135,32 +156,56 @@ class Chunks:
         self.inside = self._value_side(self.out.transpose(0, 1))
         self.before = self._value_side(self.read[:, -C:].transpose(0, 1))
         if keep:
-            self.states = empty("states", M, K, W)
+            self.starts = empty("starts", M, K, W)
             self.dread = empty("dread", M, Y * C, W)
+            self.drows = empty("drows by chunk", M, Y * C, K)
             self.dR = empty("dR", M, C, W)
             self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
             self.dtails = empty("dtails", M, C, K)
             self.dG_end = empty("decay gradient at the end", M, K)
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
-        self.steps = []
-        for first, count in segment.steps:
-            now = slice(first * P, (first + count) * P)
-            self.steps.append(
-                _Step(
-                    sequences=count,
-                    now=now,
-                    rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
-                    tails=d.tails.transpose(0, 1)[now],
-                    total=None if d.total is None else d.total[now].unsqueeze(-1),
-                    inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
-                    z=z.transpose(0, 1)[now],
-                    read=self.read[now],
-                    read_by_erase=self.read[now, :C],
-                    X=empty("X", count * P, C, W),
-                    R=self.R[now],
-                )
-            )
+        parts = [slice(first * P, (first + count) * P) for first, count in segment.steps]
+        self.steps = [self._step(now, z) for now in parts]
+        self.steps_back = [self._step_back(now) for now in reversed(parts)] if keep else []
+
+    def _step(self, now: slice, z: Tensor) -> _Step:
+        d, C = self.decay, z.shape[0]
+        X = self.empty("X", now.stop - now.start, C, z.shape[2])
+        return _Step(
+            states=len(X),
+            rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
+            tails_mT=d.tails.permute(1, 2, 0)[now],
+            total=None if d.total is None else d.total[now].unsqueeze(-1),
+            inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
+            z=z.transpose(0, 1)[now],
+            start=self.starts[now] if self.keep else None,
+            read=self.read[now],
+            read_by_erase=self.read[now, :C],
+            X=X,
+            R=self.R[now],
+        )
+
+    def _step_back(self, now: slice) -> _StepBack:
+        d, start = self.decay, self.starts[now]
+        return _StepBack(
+            states=len(start),
+            start=start,
+            start_mT=start.mT,
+            product=self.empty("product", *start.shape),
+            rows_mT=d.rows.flatten(0, 1).permute(1, 2, 0)[now],
+            tails=d.tails.transpose(0, 1)[now],
+            total=None if d.total is None else d.total[now].unsqueeze(-1),
+            inverse_mT=None if d.block_inverse is None else d.block_inverse.inverse[now].mT,
+            R=self.R[now],
+            dG_end=self.dG_end[now],
+            dtails=self.dtails[now],
+            dR=self.dR[now],
+            dz=self.dz[now],
+            dread=self.dread[now],
+            dread_by_erase=self.dread[now, : len(d.tails)],
+            drows=self.drows[now],
+        )
 
     def load(self, segment: Segment, inputs: Operands) -> None:
         """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
@@ -180,17 +225,18 @@ class Chunks:
 
     def scan(self, S: Tensor) -> None:
         """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
+        states = S.flatten(0, 1)
         for step in self.steps:
-            state = S[: step.sequences].flatten(0, 1)
-            if self.keep:
-                self.states[step.now] = state
+            state = states[: step.states]
+            if step.start is not None:
+                step.start.copy_(state)
             torch.bmm(step.rows, state, out=step.read)
             if step.inverse is not None:
                 torch.sub(step.z, step.read_by_erase, out=step.X)
                 torch.bmm(step.inverse, step.X, out=step.R)
             if step.total is not None:
                 state.mul_(step.total)
-            state.baddbmm_(step.tails.mT, step.R)
+            state.baddbmm_(step.tails_mT, step.R)
 
     def store(self, segment: Segment, out: Tensor) -> None:
         """After `scan`: the outputs, to out [tokens, P, HV / P, V]."""
@@ -214,25 +260,24 @@ class Chunks:
         dO = self.dread[:, -C:]
         self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
         torch.bmm(d.query_scores.mT, dO, out=self.dR)
-        for step in reversed(self.steps):
-            dstate, dR = dS[: step.sequences].flatten(0, 1), self.dR[step.now]
-            product = self.empty("product", *dstate.shape)
-            torch.mul(dstate, self.states[step.now], out=product)
-            torch.sum(product, -1, out=self.dG_end[step.now])
-            torch.bmm(step.R, dstate.mT, out=self.dtails[step.now])
-            dR.baddbmm_(step.tails, dstate)
-            if step.inverse is not None:
-                dz = torch.bmm(step.inverse.mT, dR, out=self.dz[step.now])
-                torch.neg(dz, out=self.dread[step.now, :C])
+        dstates = dS.flatten(0, 1)
+        for step in self.steps_back:
+            dstate = dstates[: step.states]
+            torch.mul(dstate, step.start, out=step.product)
+            torch.sum(step.product, -1, out=step.dG_end)
+            torch.bmm(step.R, dstate.mT, out=step.dtails)
+            step.dR.baddbmm_(step.tails, dstate)
+            if step.inverse_mT is not None:
+                torch.bmm(step.inverse_mT, step.dR, out=step.dz)
+                torch.neg(step.dz, out=step.dread_by_erase)
+            torch.bmm(step.dread, step.start_mT, out=step.drows)
             if step.total is not None:
                 dstate.mul_(step.total)
-            dstate.baddbmm_(step.rows.mT, self.dread[step.now])
-        M, rows, W = self.dread.shape
+            dstate.baddbmm_(step.rows_mT, step.dread)
+        M, _, W = self.dread.shape
         columns = self.empty("columns", M, W, C).copy_(self.R.mT)
         torch.bmm(self.dread, columns, out=d.dscores)
-        drows = self.empty("product", M, rows, self.layout.K)
-        torch.bmm(self.dread, self.states.mT, out=drows)
-        d.drows.flatten(0, 1).copy_(drows.transpose(0, 1))
+        d.drows.flatten(0, 1).copy_(self.drows.transpose(0, 1))
         d.dk.copy_(self.dtails.transpose(0, 1))
         if d.total is not None:  # Eq. B7
             product = torch.mul(d.tails, d.dk, out=self.empty("product", *d.dk.shape))
