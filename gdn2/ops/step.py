@@ -1,23 +1,27 @@
 """Decoding in plain PyTorch: one token at a time on a state that is updated in place (Eq. 9).
 
-The state is read and written by whole-tensor operations; nothing else of its size is allocated.
+The state is read and written by whole-tensor operations, as many matrices at a time as stay in
+cache; nothing else of its size is allocated.
 Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
 """
+
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from gdn2.ops.contract import Operands, no_autocast, state_dtype
 
+_CACHED = 2**18  # numbers of the states that one operation after the other works on: a megabyte
+
 
 def gated_delta_step(
     x: Operands, scale: float, state: Tensor, state_indices: Tensor | None
 ) -> Tensor:
     """Advance `state` in place over the T tokens and return the outputs [B, T, HV, V]."""
-    return _step(*x, scale, state, state_indices)
+    return torch.ops.gdn2.gated_delta_step.default(*x, scale, state, state_indices)
 
 
-@torch.library.custom_op("gdn2::gated_delta_step", mutates_args={"state"})
 def _step(
     q: Tensor,
     k: Tensor,
@@ -36,9 +40,15 @@ def _step(
         return _advance_slots(x, scale, state, state_indices)
 
 
-@_step.register_fake
-def _(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
+def _fake(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
     return v.new_empty(v.shape, dtype=state_dtype(q.dtype))
+
+
+# As `torch.library.custom_op` does, without its 40 us a call: a step may take 100.
+_NAME = "gdn2::gated_delta_step"
+torch.library.define(_NAME, torch.library.infer_schema(_step, mutates_args={"state"}))
+torch.library.impl(_NAME, "CompositeExplicitAutograd", _step)
+torch.library.register_fake(_NAME, _fake)
 
 
 def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tensor) -> Tensor:
@@ -52,23 +62,55 @@ def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tens
 
 
 def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
-    H, HV = x.q.shape[2], x.v.shape[2]
-    S = state.unflatten(1, (H, HV // H))  # [B, H, G, K, V], a view
-    # [B, T, H, G or 1, ...]
-    q, k, v, log_decay, erase, write = x.map(lambda t: t.to(S.dtype).unflatten(2, (H, -1)))
-    if log_decay is not None:
-        log_decay = log_decay.unsqueeze(-1) if log_decay.ndim == 4 else log_decay
+    (B, T, HV, V), K = x.v.shape, x.k.shape[-1]
+    S = state.flatten(0, 1)  # [N, K, V], N = B HV
+
+    def by_token(y: Tensor) -> Tensor:  # [T, N, channels or 1]
+        y = y if y.dtype == S.dtype else y.to(S.dtype)
+        y = y if y.shape[2] == HV else y.repeat_interleave(HV // y.shape[2], 2)
+        y = y if T == 1 else y.transpose(0, 1)
+        return y.reshape(T, B * HV, y.shape[3] if y.ndim == 4 else 1)
+
+    q, k, v, log_decay, erase, write = x.map(by_token)
+    rows = S.new_empty(T, B * HV, 1 if erase is None else 2, K)
+    itself = torch.linalg.vecdot(torch.mul(q, scale, out=rows[:, :, -1]), k).unsqueeze(-1)
     if erase is not None:
-        erase = k * (erase.unsqueeze(-1) if erase.ndim == 4 else erase)  # Eq. 8
+        torch.mul(k, erase, out=rows[:, :, 0])  # Eq. 8
     if write is not None:
-        v = v * (write.unsqueeze(-1) if write.ndim == 4 else write)
-    out = torch.empty_like(v)
-    for t in range(v.shape[1]):
-        if log_decay is not None:
-            S.mul_(log_decay[:, t].exp().unsqueeze(-1))
-        change = v[:, t]
-        if erase is not None:
-            change = change - (erase[:, t].unsqueeze(-2) @ S).squeeze(-2)
-        S.addcmul_(k[:, t].unsqueeze(-1), change.unsqueeze(-2))
-        torch.mul((q[:, t].unsqueeze(-2) @ S).squeeze(-2), scale, out=out[:, t])
-    return out.flatten(2, 3)
+        v = v * write
+    decay = None
+    if log_decay is not None:
+        decay = log_decay.exp().unsqueeze(-1)
+        rows.mul_(decay.mT)
+    operands = rows, itself, k.unsqueeze(-1), v, decay
+    tokens = zip(*([None] * T if y is None else y.unbind() for y in operands), strict=True)
+    parts = max(1, -(-S.numel() // _CACHED))
+    out = torch.empty(T, B * HV, V, dtype=S.dtype, device=S.device)
+    for o, token in zip(out, tokens, strict=True):
+        o.copy_(_advance_in_parts(parts, S, *token))
+    if S.data_ptr() != state.data_ptr():  # a copy, because the state lies otherwise
+        state.copy_(S.view_as(state))
+    return out.view(T, B, HV, V).transpose(0, 1).contiguous()
+
+
+def _advance_in_parts(
+    parts: int, S: Tensor, rows: Tensor, itself: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
+) -> Tensor:
+    """A part's states stay in cache until it is done: they come from memory once."""
+    if parts == 1:
+        return _advance_states(S, rows, itself, k, v, decay)
+    split = [y.chunk(parts) for y in (S, rows, itself, k, v)]
+    decays = repeat(None) if decay is None else decay.chunk(parts)
+    return torch.cat([_advance_states(*y) for y in zip(*split, decays, strict=False)])
+
+
+def _advance_states(
+    S: Tensor, rows: Tensor, itself: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
+) -> Tensor:
+    """Erase and query rows read the old S together: ``o = S^T (exp(g) q) + (q^T k) change``."""
+    *erased, read = torch.bmm(rows, S).unbind(1)
+    change = v - erased[0] if erased else v
+    if decay is not None:
+        S.mul_(decay)
+    S.addcmul_(k, change.unsqueeze(1))
+    return torch.addcmul(read, itself, change)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_cases import GATE_FORMS, Case, error, make_inputs, run
 
-from gdn2.ops import BACKENDS, gated_delta_rule, gated_delta_step, resolve_backend
+from gdn2.ops import BACKENDS, gated_delta_rule, gated_delta_step, resolve_backend, step
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -102,6 +102,44 @@ def test_step_equals_sequence(decay, erase, write, grouped, backend):
         out, state = step_by_step(inputs, case, backend, tokens)
         assert error(out, true_out) < 1e-13
         assert error(state, true_state) < 1e-13
+
+
+@pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
+def test_step_does_not_depend_on_the_batch_or_on_what_fits_the_cache(
+    decay, erase, write, monkeypatch
+):
+    inputs = make_inputs(Case(decay, erase, write, B=3, T=2, H=3, HV=3), dtype=torch.float32)
+    state = inputs.pop("state")
+    one_state, one = state[1:2].clone(), {n: x if x is None else x[1:2] for n, x in inputs.items()}
+    one_out, _ = gated_delta_step(**one, state=one_state)
+    for fitting in (9, 5, 2, 0):  # of 9 states
+        monkeypatch.setattr(step, "_CACHED", fitting * state[0, 0].numel() or 1)
+        now = state.clone()
+        out, _ = gated_delta_step(**inputs, state=now)
+        assert torch.equal(out[1:2], one_out)
+        assert torch.equal(now[1:2], one_state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_updates_a_strided_state_in_place(backend):
+    inputs = make_inputs(Case(T=2, HV=4))
+    state = inputs.pop("state")
+    strided = state.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    out, _ = gated_delta_step(**inputs, state=state, backend=backend)
+    assert torch.equal(gated_delta_step(**inputs, state=strided, backend=backend)[0], out)
+    assert torch.equal(strided, state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", ["B", "T"])
+def test_step_of_nothing(size, backend):
+    case = Case(**({"T": 2} | {size: 0}))
+    inputs = make_inputs(case)
+    before = inputs["state"].clone()
+    out, state = gated_delta_step(**inputs, backend=backend)
+    assert out.shape == inputs["v"].shape
+    assert torch.equal(state, before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

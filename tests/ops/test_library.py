@@ -8,7 +8,7 @@ from compilers import BACKENDS
 from operator_cases import LAYOUTS, Case, cast, error, make_inputs, run
 
 from gdn2.layers import GatedDeltaNet2
-from gdn2.ops import chunked, gated_delta_rule, gated_delta_step, step
+from gdn2.ops import chunked, gated_delta_rule, gated_delta_step
 
 causal_conv = importlib.import_module("gdn2.ops.causal_conv")  # the function has the same name
 FORMS = [("channel", "channel", "channel"), ("head", "head", None), (None, None, "head")]
@@ -37,7 +37,7 @@ def test_step_is_a_proper_operator(form, pool):
     case = Case(*form, T=3)
     *x, state = [None if t is None else t.detach() for t in leaves(case).values()]
     slots = torch.tensor([1, -1], dtype=torch.int32) if pool else None
-    torch.library.opcheck(step._step, (*x, 0.5, state, slots))
+    torch.library.opcheck(torch.ops.gdn2.gated_delta_step.default, (*x, 0.5, state, slots))
 
 
 def test_the_short_convolution_is_a_proper_operator():
