@@ -63,7 +63,7 @@ def measure(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if name == "llama" and _room(device) < 2 * _key_value_bytes(config, T, dtype):
         return None
-    model = _build(config, name).to(device, dtype).eval()
+    model = build(config, name).to(device, dtype).eval()
     cache = _llama_context(model, T) if name == "llama" else _context(model, T)
     token, seconds = torch.zeros(1, 1, dtype=torch.long, device=device), []
     if device.type == "cuda":
@@ -87,7 +87,8 @@ def measure(
     )
 
 
-def _build(config: Gdn2Config, name: str) -> Any:
+def build(config: Gdn2Config, name: str) -> Any:
+    """One of `MODELS`, with the sizes of `config`."""
     if name != "llama":
         config = copy(config)
         config.mixers = MODELS[name]

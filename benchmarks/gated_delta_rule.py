@@ -141,7 +141,7 @@ def measure(
             for name, rule in implementations(case).items()
         ]
     calls = [call for *_, call in wanted]
-    of_mm, *of_calls = _interleaved([lambda: matrix @ matrix, *calls], rounds, device)
+    of_mm, *of_calls = interleaved([lambda: matrix @ matrix, *calls], rounds, device)
     rate = 2 * mm_size**3 / min(of_mm)
     timings = []
     for (case, name, direction, _), seconds in zip(wanted, of_calls, strict=True):
@@ -213,7 +213,7 @@ def operands_of(case: Case, device: torch.device) -> tuple[list[Tensor | None], 
     return operands, randn(HV, V).to(case.dtype)
 
 
-def _interleaved(
+def interleaved(
     calls: Sequence[Callable[[], object]], rounds: int, device: torch.device
 ) -> list[list[float]]:
     """Seconds of each call in each round, after one round that does not count."""

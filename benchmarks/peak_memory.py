@@ -7,6 +7,7 @@ the process then needs at most, above that, is put in relation to the bytes of t
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gated_delta_rule import Case, implementations, operands_of
-from benchmarks.process import apart, forget_peak, peak_bytes, resident_bytes
+from benchmarks.process import apart, peak_beyond
 
 LENGTHS = (4096, 16_384, 65_536)
 EXAMPLES = """examples:
@@ -30,12 +31,8 @@ def measure(case: Case, threads: int) -> tuple[int, int]:
     # A short call first: what the libraries themselves allocate is not the operator's.
     _differentiate(rule, *operands_of(Case("warm up", 1, 64, 1), cpu))
     operands, weight = operands_of(case, cpu)
-    before = resident_bytes()
-    if before is None:
-        raise RuntimeError("this machine does not say how much memory a process has (no /proc)")
-    forget_peak()  # what making the inputs took for a moment is not what is asked
-    _differentiate(rule, operands, weight)
-    return sum(x.nbytes for x in operands if x is not None), (peak_bytes() or 0) - before
+    beyond = peak_beyond(partial(_differentiate, rule, operands, weight))
+    return sum(x.nbytes for x in operands if x is not None), beyond
 
 
 def _differentiate(rule: Callable, operands: Sequence[Any], weight: torch.Tensor) -> None:

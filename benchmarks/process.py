@@ -31,6 +31,16 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def peak_beyond(call: Callable[[], object]) -> int:
+    """What the call needs at most, beyond what is resident before it."""
+    before = resident_bytes()
+    if before is None:
+        raise RuntimeError("this machine does not say how much memory a process has (no /proc)")
+    forget_peak()  # what making the inputs took for a moment is not what is asked
+    call()
+    return (peak_bytes() or 0) - before
+
+
 def _bytes(path: str, name: str) -> int | None:
     """None where the system does not say."""
     if not Path(path).exists():
