@@ -31,9 +31,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Keep autocast from lowering the precision of products on x's device."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()  # to enter and leave autocast takes longer than a small operation
+    return torch.autocast(kind, enabled=False)
 
 
 def check_operands(x: Operands) -> None:

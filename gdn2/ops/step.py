@@ -85,9 +85,8 @@ def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
     operands = rows, itself, k.unsqueeze(-1), v, decay
     tokens = zip(*([None] * T if y is None else y.unbind() for y in operands), strict=True)
     parts = max(1, -(-S.numel() // _CACHED))
-    out = torch.empty(T, B * HV, V, dtype=S.dtype, device=S.device)
-    for o, token in zip(out, tokens, strict=True):
-        o.copy_(_advance_in_parts(parts, S, *token))
+    outs = [_advance_in_parts(parts, S, *token) for token in tokens]
+    out = torch.stack(outs) if outs else torch.empty_like(v)
     if S.data_ptr() != state.data_ptr():  # a copy, because the state lies otherwise
         state.copy_(S.view_as(state))
     return out.view(T, B, HV, V).transpose(0, 1).contiguous()
