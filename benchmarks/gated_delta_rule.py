@@ -73,7 +73,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.title}: B={self.B} T={self.T} H={self.H} K={self.K} V={self.V}"
+        return f"{self.title}: {self.sizes}"
+
+    @property
+    def sizes(self) -> str:
+        return f"B={self.B} T={self.T} H={self.H} K={self.K} V={self.V}"
 
     @property
     def flops(self) -> int:
