@@ -52,12 +52,14 @@ class TokenOrder:
     and all blocks are met at one stride: pairs of blocks merge in slabs (`ChannelDecay`).
 
     Attributes:
+        bits_reversed: as given.
         sizes, distances: of the axes that the token axis splits into; distances in tokens.
     """
 
     def __init__(self, C: int, *, bits_reversed: bool):
         assert C & (C - 1) == 0, f"the tokens of a chunk must be a power of two, got {C}"
         by_bits = [(2, 2**i) for i in range(C.bit_length() - 1)]
+        self.bits_reversed = bits_reversed
         split = by_bits if bits_reversed and by_bits else [(C, 1)]
         self.sizes, self.distances = zip(*split, strict=True)
 

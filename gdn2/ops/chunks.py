@@ -8,8 +8,9 @@ W = V HV / P. Buffers that enter products have M first, those of the key side th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -83,9 +84,9 @@ class HeadLayout:
 
 
 class _Step(NamedTuple):
-    """Views of one step of the scan: a part of M that works on the first `states` of the states."""
+    """Views of one step of the scan: a part of M, which works on as many of the first states."""
 
-    states: int
+    X: Tensor
     rows: Tensor
     tails_mT: Tensor
     total: Tensor | None
@@ -94,17 +95,15 @@ class _Step(NamedTuple):
     start: Tensor | None
     read: Tensor
     read_by_erase: Tensor
-    X: Tensor
     R: Tensor
 
 
 class _StepBack(NamedTuple):
     """Views of one step of the way back."""
 
-    states: int
+    product: Tensor
     start: Tensor
     start_mT: Tensor
-    product: Tensor
     rows_mT: Tensor
     tails: Tensor
     total: Tensor | None
@@ -165,47 +164,42 @@ class Chunks:
             self.dG_end = empty("decay gradient at the end", M, K)
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
-        parts = [slice(first * P, (first + count) * P) for first, count in segment.steps]
-        self.steps = [self._step(now, z) for now in parts]
-        self.steps_back = [self._step_back(now) for now in reversed(parts)] if keep else []
-
-    def _step(self, now: slice, z: Tensor) -> _Step:
-        d, C = self.decay, z.shape[0]
-        X = self.empty("X", now.stop - now.start, C, z.shape[2])
-        return _Step(
-            states=len(X),
-            rows=d.rows.flatten(0, 1).transpose(0, 1)[now],
-            tails_mT=d.tails.permute(1, 2, 0)[now],
-            total=None if d.total is None else d.total[now].unsqueeze(-1),
-            inverse=None if d.block_inverse is None else d.block_inverse.inverse[now],
-            z=z.transpose(0, 1)[now],
-            start=self.starts[now] if self.keep else None,
-            read=self.read[now],
-            read_by_erase=self.read[now, :C],
-            X=X,
-            R=self.R[now],
+        sizes = [count * P for _, count in segment.steps]
+        X = empty("X", max(sizes), C, W)
+        inverse = None if d.block_inverse is None else d.block_inverse.inverse
+        rows, tails = d.rows.flatten(0, 1), d.tails
+        forth = (
+            rows.transpose(0, 1),
+            tails.permute(1, 2, 0),
+            None if d.total is None else d.total.unsqueeze(-1),
+            inverse,
+            z.transpose(0, 1),
+            self.starts if keep else None,
+            self.read,
+            self.read[:, :C],
+            self.R,
         )
-
-    def _step_back(self, now: slice) -> _StepBack:
-        d, start = self.decay, self.starts[now]
-        return _StepBack(
-            states=len(start),
-            start=start,
-            start_mT=start.mT,
-            product=self.empty("product", *start.shape),
-            rows_mT=d.rows.flatten(0, 1).permute(1, 2, 0)[now],
-            tails=d.tails.transpose(0, 1)[now],
-            total=None if d.total is None else d.total[now].unsqueeze(-1),
-            inverse_mT=None if d.block_inverse is None else d.block_inverse.inverse[now].mT,
-            R=self.R[now],
-            dG_end=self.dG_end[now],
-            dtails=self.dtails[now],
-            dR=self.dR[now],
-            dz=self.dz[now],
-            dread=self.dread[now],
-            dread_by_erase=self.dread[now, : len(d.tails)],
-            drows=self.drows[now],
-        )
+        self.steps = [_Step(X[: len(views[0])], *views) for views in _split(forth, sizes)]
+        if keep:
+            back = (
+                self.starts,
+                self.starts.mT,
+                rows.permute(1, 2, 0),
+                tails.transpose(0, 1),
+                forth[2],
+                None if inverse is None else inverse.mT,
+                self.R,
+                self.dG_end,
+                self.dtails,
+                self.dR,
+                self.dz,
+                self.dread,
+                self.dread[:, :C],
+                self.drows,
+            )
+            product = empty("product", max(sizes), K, W)
+            steps = [_StepBack(product[: len(views[0])], *views) for views in _split(back, sizes)]
+            self.steps_back = steps[::-1]
 
     def load(self, segment: Segment, inputs: Operands) -> None:
         """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
@@ -227,7 +221,7 @@ class Chunks:
         """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
         states = S.flatten(0, 1)
         for step in self.steps:
-            state = states[: step.states]
+            state = states[: len(step.X)]
             if step.start is not None:
                 step.start.copy_(state)
             torch.bmm(step.rows, state, out=step.read)
@@ -262,7 +256,7 @@ class Chunks:
         torch.bmm(d.query_scores.mT, dO, out=self.dR)
         dstates = dS.flatten(0, 1)
         for step in self.steps_back:
-            dstate = dstates[: step.states]
+            dstate = dstates[: len(step.product)]
             torch.mul(dstate, step.start, out=step.product)
             torch.sum(step.product, -1, out=step.dG_end)
             torch.bmm(step.R, dstate.mT, out=step.dtails)
@@ -333,6 +327,12 @@ class Chunks:
 
     def _as_tokens(self, x: Tensor, *heads: int) -> Tensor:
         return x.unflatten(1, (*self.grid, *heads)).unflatten(0, self.order.sizes)
+
+
+def _split(buffers: Sequence[Tensor | None], sizes: list[int]) -> Iterator[tuple]:
+    """For each step, its part of every buffer [M, ...]; None where there is no buffer."""
+    parts = (repeat(None) if x is None else x.split(sizes) for x in buffers)
+    return zip(*parts, strict=False)
 
 
 def chunks_by_shape(

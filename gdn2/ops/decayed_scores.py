@@ -313,5 +313,7 @@ def _meeting_places(scores: Tensor, h: int) -> Tensor:
 
     Shape ``[J, M, h, h]``, as `_Merge` has the pairs.
     """
-    split = scores.unflatten(2, (h, 2, -1)).unflatten(1, (h, 2, -1))  # [M, h, 2, J, h, 2, J]
-    return split[:, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).permute(3, 0, 1, 2)
+    M, C, _ = scores.shape
+    split = scores.view(M, h, 2, C // (2 * h), h, 2, C // (2 * h))
+    meet = split.select(2, 1).select(4, 0)  # [M, h, J, h, J]
+    return meet.diagonal(dim1=2, dim2=4).permute(3, 0, 1, 2)

@@ -1,5 +1,7 @@
 """Inverses of many small unit lower triangular matrices by block substitution."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,20 +24,14 @@ class BlockInverse:
     """
 
     def __init__(self, M: int, C: int, order: TokenOrder, empty: Workspace):
-        token = torch.arange(C, device=empty.device)
-        self.masks: list[Tensor] = []
-        while 2 ** len(self.masks) < C:
-            block = token >> len(self.masks)
-            meet = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)
-            self.masks.append(meet.to(empty.dtype))
-        self.eye = torch.eye(C, dtype=empty.dtype, device=empty.device).expand(M, C, C)
+        eye, self.masks = _constants(C, empty.dtype, empty.device)
+        self.eye = eye.expand(M, C, C)
         self.part, self.product = empty("part", M, C, C), empty("inverse product", M, C, C)
         self.stages = empty("inverse", M, C, C), empty("other inverse", M, C, C)
         self.inverse = self.stages[(len(self.masks) - 1) % 2 if self.masks else 0]
-        times = order.times(C).to(empty.device)
-        self.in_time = torch.equal(times, token)
+        self.in_time = not order.bits_reversed
         if not self.in_time:
-            self.to_time = self.eye[0, :, times].expand(M, C, C)
+            self.to_time = eye[:, order.times(C).to(empty.device)].expand(M, C, C)
             self.by_time = empty("T by time", M, C, C)
             self.inverse = empty("inverse by order", M, C, C)
 
@@ -57,3 +53,15 @@ class BlockInverse:
         if not self.in_time:
             torch.matmul(inverse, self.to_time[0], out=self.product)
             torch.bmm(self.to_time.mT, self.product, out=self.inverse)
+
+
+@cache
+def _constants(C: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """The unit matrix; for every h, 1 where rows of upper halves meet columns of lower ones."""
+    token = torch.arange(C, device=device)
+    masks: list[Tensor] = []
+    while 2 ** len(masks) < C:
+        block = token >> len(masks)
+        meet = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)
+        masks.append(meet.to(dtype))
+    return torch.eye(C, dtype=dtype, device=device), masks

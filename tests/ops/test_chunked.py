@@ -22,7 +22,7 @@ from operator_cases import (
     run,
 )
 
-from gdn2.ops import chunked, gated_delta_rule
+from gdn2.ops import chunked, gated_delta_rule, triangular
 
 C = chunked.CHUNK
 
@@ -312,3 +312,15 @@ def test_gradients_of_gradients_are_refused():
     out, _ = gated_delta_rule(**inputs, backend="chunked")
     with pytest.raises(RuntimeError, match="no gradient of its own"):
         torch.autograd.grad(out.sum(), inputs["q"], create_graph=True)
+
+
+def test_gradients_after_a_first_call_in_inference_mode():
+    """Constants that the first call of a size makes may not be tensors of inference mode alone."""
+    case = Case(K=24)
+    inputs = make_inputs(case, dtype=torch.float32)
+    plain = run(inputs, case)
+    triangular._constants.cache_clear()
+    with torch.inference_mode():
+        gated_delta_rule(**inputs, scale=case.scale)
+    got = run(inputs, case)
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
