@@ -45,7 +45,8 @@ def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 
 def gate(x: Tensor, maximum: float = 1.0) -> Tensor:
     """``maximum * sigmoid(x)`` in float32, whatever autocast says (Eq. 12)."""
-    return maximum * upcast(x).sigmoid()
+    y = upcast(x).sigmoid()
+    return y if maximum == 1.0 else maximum * y
 
 
 @torch.no_grad()

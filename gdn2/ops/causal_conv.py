@@ -1,7 +1,11 @@
 """Short causal depthwise convolution over sequences, and one token of it for decoding.
 
-Axes: B batch, T time, D channels, W taps (the last one meets the current token), N sequences.
+Axes: B batch, T time, D channels, W taps (the last one meets the current token), N sequences, which
+lie one after the other along the tokens: M = B T or, packed, T. R are those first W - 1 tokens of
+every sequence that look back beyond it.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,19 +52,19 @@ def causal_conv(
     N, W = check_boundaries(cu_seqlens, x), weight.shape[1]
     _check(weight, N, bias, activation, state)
     check_no_tangent((x, weight, bias, state))
-    history = (
-        x.new_zeros(N, W - 1, x.shape[2]) if state is None else state.to(x.dtype).transpose(1, 2)
-    )
-    if cu_seqlens is None:
-        padded = torch.cat([history, x], dim=1)  # [B, W - 1 + T, D]
-        y = _convolve(padded, weight, bias)
-        last = padded[:, padded.shape[1] - (W - 1) :]
-    else:
-        padded, rows, last_rows = _interleave_history(x[0], history, cu_seqlens)
-        y = _convolve(padded[None], weight, bias)[:, rows]
-        last = padded[last_rows]
+    tokens, dtype = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
+    history = tokens.new_zeros(N, x.shape[2], W - 1) if state is None else state.to(x.dtype)
+    history = history.transpose(1, 2)
+    bounds = cu_seqlens
+    if bounds is None:
+        bounds = torch.arange(N + 1, device=x.device) * x.shape[1]
+    y = _convolve(tokens.to(dtype), weight.to(dtype), history.to(dtype), bounds)
+    y = y if bias is None else y + bias.to(dtype)
     y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype), last.transpose(1, 2).contiguous()
+    sequence = torch.arange(N, device=x.device).unsqueeze(1)
+    ends = bounds[1:].unsqueeze(1) - torch.arange(W - 1, 0, -1, device=x.device)
+    last = _inputs(tokens, history, bounds, sequence, ends)
+    return y.view(x.shape).to(x.dtype), last.transpose(1, 2).contiguous()
 
 
 def causal_conv_step(
@@ -105,68 +109,87 @@ def _check(
         raise ValueError(f"state must be [N, D, W - 1] = {[N, D, W - 1]}, got {list(state.shape)}")
 
 
-def _interleave_history(
-    x: Tensor, history: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put each sequence's history in front of it: no tap can then reach another sequence.
+def _inputs(x: Tensor, history: Tensor, bounds: Tensor, sequence: Tensor, token: Tensor) -> Tensor:
+    """x [M, D] at the positions `token`, or the sequence's history [N, W - 1, D] where before it.
 
-    Returns the [T + N (W - 1), D] rows; for each token, the position of its convolution's result;
-    and [N, W - 1] positions of each sequence's last inputs.
+    `sequence` [..., 1] says whose token it is: `token` [..., any].
     """
-    N, H, D = history.shape  # H = W - 1 rows of history
-    sequence = torch.arange(N, device=x.device)
-    token = torch.arange(x.shape[0], device=x.device)
-    # The number of boundaries at or before a token tells its sequence, empty ones skipped.
-    results = token + H * (torch.searchsorted(cu_seqlens, token, right=True) - 1)
-    first = cu_seqlens[:-1] + H * sequence
-    offsets = torch.arange(H, device=x.device)
-    padded = x.new_empty(x.shape[0] + N * H, D)
-    padded = padded.index_copy(0, (first[:, None] + offsets).flatten(), history.flatten(0, 1))
-    padded = padded.index_copy(0, results + H, x)
-    return padded, results, (cu_seqlens[1:] + H * sequence)[:, None] + offsets
+    H = history.shape[1]
+    if H == 0:
+        return x[token]
+    start = bounds[sequence]
+    before = history[sequence, (token - start + H).clamp(0, H - 1)]
+    if len(x) == 0:
+        return before
+    return torch.where((token < start).unsqueeze(-1), before, x[token.clamp(min=0)])
 
 
-def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(padded.dtype, torch.float32)
-    y = _convolve_taps(padded.to(dtype), weight.to(dtype))
-    return y if bias is None else y + bias.to(dtype)
+def _first_tokens(bounds: Tensor, W: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequence [R, 1] and position [R] of all tokens R, and the positions [R, W] that they see."""
+    back = torch.arange(W, device=bounds.device)
+    token = bounds[:-1].unsqueeze(1) + back[: W - 1]
+    sequence, place = (token < bounds[1:].unsqueeze(1)).nonzero(as_tuple=True)
+    token = token[sequence, place]
+    return sequence.unsqueeze(1), token, token.unsqueeze(1) - back
 
 
-@torch.library.custom_op("gdn2::convolve_taps", mutates_args=())
-def _convolve_taps(padded: Tensor, weight: Tensor) -> Tensor:
-    """``y_t = sum_j weight[:, j] * padded_{t+j}``: W passes over contiguous channels.
+def _add_taps(x: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """``sum_o weight[:, W - 1 - o] * x[o]``, where x[o] are the inputs o tokens before.
+
+    Those that are fewer lack tokens at the start.
+    """
+    y = x[0] * weight[:, -1]
+    for o in range(1, weight.shape[1]):
+        y[len(y) - len(x[o]) :].addcmul_(x[o], weight[:, -1 - o])
+    return y
+
+
+@torch.library.custom_op("gdn2::causal_conv", mutates_args=())
+def _convolve(x: Tensor, weight: Tensor, history: Tensor, bounds: Tensor) -> Tensor:
+    """W passes over all tokens as if they were one sequence, then its first tokens R once more.
 
     Written out because autograd would give every tap a zero-filled gradient of the whole input.
     """
     W = weight.shape[1]
-    T = padded.shape[1] - W + 1
-    y = padded[:, :T] * weight[:, 0]
-    for j in range(1, W):
-        y.addcmul_(padded[:, j : j + T], weight[:, j])
+    y = _add_taps([x[: max(len(x) - o, 0)] for o in range(W)], weight)
+    sequence, token, seen = _first_tokens(bounds, W)
+    y[token] = _add_taps(_inputs(x, history, bounds, sequence, seen).unbind(1), weight)
     return y
 
 
-@_convolve_taps.register_fake
-def _(padded, weight):
-    B, T, D = padded.shape
-    return padded.new_empty(B, T - weight.shape[1] + 1, D)
+@_convolve.register_fake
+def _(x, weight, history, bounds):  # noqa: ARG001
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("gdn2::convolve_taps_backward", mutates_args=())
-def _convolve_taps_backward(dy: Tensor, padded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    W = weight.shape[1]
-    T = padded.shape[1] - W + 1
-    dpadded = torch.zeros_like(padded)
-    taps = []
-    for j in range(W):
-        dpadded[:, j : j + T].addcmul_(dy, weight[:, j])
-        taps.append((dy * padded[:, j : j + T]).sum((0, 1)))
-    return dpadded, torch.stack(taps, dim=1)
+@torch.library.custom_op("gdn2::causal_conv_backward", mutates_args=())
+def _convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, history: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    W, M = weight.shape[1], len(x)
+    sequence, token, seen = _first_tokens(bounds, W)
+    dfirst, inputs = dy[token], _inputs(x, history, bounds, sequence, seen)  # [R, D], [R, W, D]
+    dy = dy.index_fill(0, token, 0.0)
+    dx, dhistory = dy * weight[:, -1], torch.zeros_like(history)
+    dweight, product = torch.empty_like(weight), torch.empty_like(x)
+    for o in range(W):
+        later, now = dy[min(o, M) :], slice(max(M - o, 0))
+        if o:
+            dx[now].addcmul_(later, weight[:, -1 - o])
+        torch.sum(torch.mul(later, x[now], out=product[now]), 0, out=dweight[:, -1 - o])
+        dweight[:, -1 - o] += (dfirst * inputs[:, o]).sum(0)
+    dinputs = dfirst.unsqueeze(1) * weight.mT.flip(0)
+    before = seen < bounds[sequence]
+    dx.index_put_((seen[~before],), dinputs[~before], accumulate=True)
+    place = (seen - bounds[sequence] + W - 1)[before]
+    sequence = sequence.expand_as(seen)[before]
+    dhistory.index_put_((sequence, place), dinputs[before], accumulate=True)
+    return dx, dweight, dhistory
 
 
-@_convolve_taps_backward.register_fake
-def _(dy, padded, weight):  # noqa: ARG001
-    return torch.empty_like(padded), weight.new_empty(weight.shape)
+@_convolve_backward.register_fake
+def _(dy, x, weight, history, bounds):  # noqa: ARG001
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(history)
 
 
 def _save(ctx, inputs, output):  # noqa: ARG001
@@ -175,7 +198,7 @@ def _save(ctx, inputs, output):  # noqa: ARG001
 
 def _differentiate(ctx, dy):
     check_first_order()
-    return _convolve_taps_backward(dy, *ctx.saved_tensors)
+    return *_convolve_backward(dy, *ctx.saved_tensors), None
 
 
-_convolve_taps.register_autograd(_differentiate, setup_context=_save)
+_convolve.register_autograd(_differentiate, setup_context=_save)

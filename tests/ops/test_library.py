@@ -41,9 +41,11 @@ def test_step_is_a_proper_operator(form, pool):
 
 
 def test_the_short_convolution_is_a_proper_operator():
-    x = torch.randn(2, 13, 5, requires_grad=True)
-    weight = torch.randn(5, 4, requires_grad=True)
-    torch.library.opcheck(causal_conv._convolve_taps, (x, weight))
+    x, weight, history = (
+        torch.randn(shape, requires_grad=True) for shape in ((13, 5), (5, 4), (3, 3, 5))
+    )
+    bounds = torch.tensor([0, 2, 9, 13])
+    torch.library.opcheck(causal_conv._convolve, (x, weight, history, bounds))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
