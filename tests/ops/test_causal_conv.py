@@ -74,6 +74,19 @@ def test_neighbours_values_do_not_matter_to_the_bit():
     assert torch.equal(state[1], other_state[1])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_gradients_are_summed_in_float32(bias):
+    operands = [t for t in make(2, 50, 8, 4, dtype=torch.bfloat16, bias=bias) if t is not None]
+    upstream, grads = torch.randn(2, 50, 8), []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in operands]
+        y, _ = causal_conv(*leaves)
+        grads.append(torch.autograd.grad(y, leaves, upstream.bfloat16().to(dtype)))
+    for got, truth in zip(*grads, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - truth).abs().max() <= 2**-8 * truth.abs().max()
+
+
 def test_step_equals_sequence():
     x, weight, bias = make(2, 8, 4, 4)
     whole, last = causal_conv(x, weight, bias)
