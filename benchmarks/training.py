@@ -39,6 +39,7 @@ from gdn2.models.loss import IGNORED
 from gdn2.presets import load_preset
 from gdn2.train.config import OptimConfig
 from gdn2.train.optim import build_optimizer
+from gdn2.train.parallel import keep_freed_memory
 
 CPU = torch.device("cpu")
 MODELS = ("gdn2", "hybrid", "qwen3_next linear", "qwen3_next", "llama")
@@ -279,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compile needs a C++ compiler, and there is no {compiler}", file=sys.stderr)
         return 1
     torch.set_num_threads(threads)
+    keep_freed_memory()
     config = load_preset(args.preset).model if args.preset else SIZES
     if config.vocab_size > LARGEST_VOCABULARY:
         print(f"a vocabulary of {LARGEST_VOCABULARY} for all models, not {config.vocab_size}")

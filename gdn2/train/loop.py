@@ -31,7 +31,13 @@ from gdn2.train.checkpoint import Checkpoints, write_folder
 from gdn2.train.config import Run, override_all
 from gdn2.train.metrics import Metrics
 from gdn2.train.optim import build_optimizer, learning_rate
-from gdn2.train.parallel import autocast, naming_full_memory, prepare_device, to_device
+from gdn2.train.parallel import (
+    autocast,
+    keep_freed_memory,
+    naming_full_memory,
+    prepare_device,
+    to_device,
+)
 from gdn2.train.record import describe_run, differences, read_record, refuse_another_run
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the data's separator, if None
@@ -46,6 +52,7 @@ def train(run: Run, *, data: Path, out: Path, device: str = "cpu") -> None:
     """
     data, out = Path(data), Path(out)
     place = prepare_device(device)
+    keep_freed_memory()
     manifest = load_manifest(data)
     if run.model.vocab_size < manifest.vocab_size:
         raise ValueError(

@@ -1,6 +1,9 @@
-"""Where a run executes: the device, and the precision of its arithmetic there."""
+"""Where a run executes: the device, the memory and the precision of its arithmetic there."""
 
 from __future__ import annotations
+
+import ctypes
+import sys
 
 import torch
 from torch import Tensor
@@ -8,7 +11,25 @@ from torch import Tensor
 from gdn2.data import Batch
 from gdn2.models.device import naming_full_memory, prepare_device
 
-__all__ = ["autocast", "naming_full_memory", "prepare_device", "to_device"]
+__all__ = ["autocast", "keep_freed_memory", "naming_full_memory", "prepare_device", "to_device"]
+
+# glibc's mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_TRIM_THRESHOLD, _MOST_MMAP_THRESHOLD = 2**31 - 1, 32 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed; elsewhere nothing happens.
+
+    By default large blocks go back to the system, and every training step pays page faults for
+    getting them again: 5 to 10% of a small model's time.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_THRESHOLD)
+        mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
 
 
 def autocast(device: torch.device) -> torch.autocast:
