@@ -90,15 +90,15 @@ def debug() -> Run:
 
 
 def demo_recipe(model: Gdn2Config) -> Run:
-    """About a minute and a half on two CPU cores: many small steps of a shallow model."""
+    """About two minutes on two CPU cores: many small steps of a shallow model."""
     return Run(
         model=model,
         data=DataConfig(sequence_length=256),
         optim=OptimConfig(lr=6e-3),
-        schedule=ScheduleConfig(total_tokens=720_896, warmup_tokens=32_768, tokens_per_step=2048),
+        schedule=ScheduleConfig(total_tokens=1_310_720, warmup_tokens=32_768, tokens_per_step=2048),
         parallel=ParallelConfig(micro_batch_size=8),
-        checkpoint=CheckpointConfig(every_tokens=180_224),
-        log=LogConfig(validate_every_tokens=90_112, validation_tokens=16_384),
+        checkpoint=CheckpointConfig(every_tokens=163_840),
+        log=LogConfig(validate_every_tokens=163_840, validation_tokens=16_384),
     )
 
 
