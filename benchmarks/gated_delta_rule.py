@@ -5,9 +5,10 @@ slows down slows all of them; ratios are of minima. Beside them stands the share
 useful FLOPs of a forward pass per second, over those of torch.mm at 1024^3. Each call adds a row to
 the CSV file. Everything is float32 unless the case says otherwise.
 
-speed   the token loop and other projects' forms, for three members of the family
-forms   what each gate form, packing, grouped heads and bfloat16 cost, beside all gates per channel
-length  time per token of short and of long sequences
+speed     the token loop and other projects' forms, for three members of the family
+forms     what gate forms, packing, grouped heads and bfloat16 cost, beside all gates per channel
+one_head  the same of a single head
+length    time per token of short and of long sequences
 """
 
 import argparse
@@ -120,6 +121,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     ),
     "length": tuple(Case("gdn2", 1, T, 4) for T in (4096, 16_384, 65_536)),
 }
+SUITES["one_head"] = tuple(replace(case, H=1) for case in SUITES["forms"] if case.HV is None)
 
 
 class Timing(NamedTuple):
