@@ -166,6 +166,10 @@ def _(x, weight, history, bounds):  # noqa: ARG001
 def _convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, history: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The first tokens' gradient is zero on the way of all tokens, and is added apart.
+
+    To subtract what went to a neighbour's tokens would leave a rounding error there.
+    """
     W, M = weight.shape[1], len(x)
     sequence, token, seen = _first_tokens(bounds, W)
     dfirst, inputs = dy[token], _inputs(x, history, bounds, sequence, seen)  # [R, D], [R, W, D]

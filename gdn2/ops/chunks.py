@@ -84,9 +84,8 @@ class HeadLayout:
 
 
 class _Step(NamedTuple):
-    """Views of one step of the scan: a part of M, which works on as many of the first states."""
+    """What the scan reads and writes, [M, ...]; of a step, its part of M."""
 
-    X: Tensor
     rows: Tensor
     tails_mT: Tensor
     total: Tensor | None
@@ -99,9 +98,8 @@ class _Step(NamedTuple):
 
 
 class _StepBack(NamedTuple):
-    """Views of one step of the way back."""
+    """What the way back reads and writes, likewise."""
 
-    product: Tensor
     start: Tensor
     start_mT: Tensor
     rows_mT: Tensor
@@ -165,41 +163,40 @@ class Chunks:
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
         sizes = [count * P for _, count in segment.steps]
-        X = empty("X", max(sizes), C, W)
+        self.X = empty("X", max(sizes), C, W)
         inverse = None if d.block_inverse is None else d.block_inverse.inverse
-        rows, tails = d.rows.flatten(0, 1), d.tails
-        forth = (
-            rows.transpose(0, 1),
-            tails.permute(1, 2, 0),
-            None if d.total is None else d.total.unsqueeze(-1),
-            inverse,
-            z.transpose(0, 1),
-            self.starts if keep else None,
-            self.read,
-            self.read[:, :C],
-            self.R,
+        rows, total = d.rows.flatten(0, 1), None if d.total is None else d.total.unsqueeze(-1)
+        forth = _Step(
+            rows=rows.transpose(0, 1),
+            tails_mT=d.tails.permute(1, 2, 0),
+            total=total,
+            inverse=inverse,
+            z=z.transpose(0, 1),
+            start=self.starts if keep else None,
+            read=self.read,
+            read_by_erase=self.read[:, :C],
+            R=self.R,
         )
-        self.steps = [_Step(X[: len(views[0])], *views) for views in _split(forth, sizes)]
+        self.steps = [_Step(*views) for views in _split(forth, sizes)]
         if keep:
-            back = (
-                self.starts,
-                self.starts.mT,
-                rows.permute(1, 2, 0),
-                tails.transpose(0, 1),
-                forth[2],
-                None if inverse is None else inverse.mT,
-                self.R,
-                self.dG_end,
-                self.dtails,
-                self.dR,
-                self.dz,
-                self.dread,
-                self.dread[:, :C],
-                self.drows,
+            self.product = empty("product", max(sizes), K, W)
+            back = _StepBack(
+                start=self.starts,
+                start_mT=self.starts.mT,
+                rows_mT=rows.permute(1, 2, 0),
+                tails=d.tails.transpose(0, 1),
+                total=total,
+                inverse_mT=None if inverse is None else inverse.mT,
+                R=self.R,
+                dG_end=self.dG_end,
+                dtails=self.dtails,
+                dR=self.dR,
+                dz=self.dz,
+                dread=self.dread,
+                dread_by_erase=self.dread[:, :C],
+                drows=self.drows,
             )
-            product = empty("product", max(sizes), K, W)
-            steps = [_StepBack(product[: len(views[0])], *views) for views in _split(back, sizes)]
-            self.steps_back = steps[::-1]
+            self.steps_back = [_StepBack(*views) for views in _split(back, sizes)][::-1]
 
     def load(self, segment: Segment, inputs: Operands) -> None:
         """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
@@ -221,13 +218,13 @@ class Chunks:
         """Run over the segment's chunks; S [sequences, P, K, W] is advanced in place."""
         states = S.flatten(0, 1)
         for step in self.steps:
-            state = states[: len(step.X)]
+            state = states[: len(step.R)]
             if step.start is not None:
                 step.start.copy_(state)
             torch.bmm(step.rows, state, out=step.read)
             if step.inverse is not None:
-                torch.sub(step.z, step.read_by_erase, out=step.X)
-                torch.bmm(step.inverse, step.X, out=step.R)
+                X = torch.sub(step.z, step.read_by_erase, out=self.X[: len(state)])
+                torch.bmm(step.inverse, X, out=step.R)
             if step.total is not None:
                 state.mul_(step.total)
             state.baddbmm_(step.tails_mT, step.R)
@@ -256,9 +253,9 @@ class Chunks:
         torch.bmm(d.query_scores.mT, dO, out=self.dR)
         dstates = dS.flatten(0, 1)
         for step in self.steps_back:
-            dstate = dstates[: len(step.product)]
-            torch.mul(dstate, step.start, out=step.product)
-            torch.sum(step.product, -1, out=step.dG_end)
+            dstate = dstates[: len(step.R)]
+            product = torch.mul(dstate, step.start, out=self.product[: len(dstate)])
+            torch.sum(product, -1, out=step.dG_end)
             torch.bmm(step.R, dstate.mT, out=step.dtails)
             step.dR.baddbmm_(step.tails, dstate)
             if step.inverse_mT is not None:
@@ -330,7 +327,7 @@ class Chunks:
 
 
 def _split(buffers: Sequence[Tensor | None], sizes: list[int]) -> Iterator[tuple]:
-    """For each step, its part of every buffer [M, ...]; None where there is no buffer."""
+    """The steps' parts of every buffer [M, ...], step by step; None where there is no buffer."""
     parts = (repeat(None) if x is None else x.split(sizes) for x in buffers)
     return zip(*parts, strict=False)
 
