@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gated_delta_rule import RESULTS, Timing, append, wait
-from benchmarks.process import apart, free_bytes, peak_bytes
+from benchmarks.process import apart, free_bytes, peak_bytes, show_table
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM, read_tokens
 from gdn2.presets import load_preset
 
@@ -166,7 +165,7 @@ def show(timings: Sequence[Timing]) -> None:
         peak = "" if t.case.peak is None else f"{t.case.peak / MB:.0f}"
         times = (f"{t.min_ms:.2f}", f"{t.median_ms:.2f}")
         table.add_row(f"{t.case.T:,}", t.backend, f"{t.case.cache / MB:.2f}", peak, *times)
-    Console().print(table)
+    show_table(table)
 
 
 def draw(timings: Sequence[Timing], path: Path, title: str) -> None:

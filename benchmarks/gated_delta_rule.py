@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.peers import Rule, load_peers
+from benchmarks.process import show_table
 from gdn2.ops import gated_delta_rule
 from gdn2.train.record import commit
 
@@ -265,7 +265,7 @@ def show(timings: Sequence[Timing]) -> None:
             share = "" if t.share_of_mm is None else f"{t.share_of_mm:.1%}"
             times = (f"{t.min_ms:.2f}", f"{t.median_ms:.2f}", f"{per_token:.2f}")
             table.add_row(t.direction, t.backend, *times, f"{ratio:.2f}", f"{to_first:.2f}", share)
-        Console().print(table)
+        show_table(table)
 
 
 def append(

@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gated_delta_rule import Case, implementations, operands_of
-from benchmarks.process import apart, peak_beyond
+from benchmarks.process import apart, peak_beyond, show_table
 
 LENGTHS = (4096, 16_384, 65_536)
 EXAMPLES = """examples:
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None, call: Callable[..., Any] = apart) ->
         table.add_row(
             str(T), f"{inputs / 1e6:.1f}", f"{beyond / 1e6:.1f}", f"{beyond / inputs:.2f}"
         )
-    Console().print(table)
+    show_table(table)
     return 0
 
 

@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.decode_memory import build
 from benchmarks.gated_delta_rule import RESULTS, Timing, append, interleaved
-from benchmarks.process import apart, peak_beyond
+from benchmarks.process import apart, peak_beyond, show_table
 from gdn2.models import MIXERS, Gdn2Config, Gdn2ForCausalLM
 from gdn2.models.loss import IGNORED
 from gdn2.presets import load_preset
@@ -240,7 +239,7 @@ def show(timings: Sequence[Timing]) -> None:
         table.add_column(name, justify="left" if text else "right", no_wrap=text)
     for row in rows:
         table.add_row(*(x for name, x in zip(HEADINGS, row, strict=True) if name not in same))
-    Console().print(table)
+    show_table(table)
 
 
 SUITES: Mapping[str, tuple[Callable[[Plan], list[Timing]], Sequence[int]]] = {
