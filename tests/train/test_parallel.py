@@ -5,11 +5,21 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, torch
+import ctypes, resource
 from gdn2.train.parallel import keep_freed_memory
 keep_freed_memory()
-def use(): [torch.ones(10 * 2**18) for _ in range(6)]  # 10 MB each, freed together
-for _ in range(5): use()  # until blocks lie where the next ones fit
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+libc.free.argtypes = (ctypes.c_void_p,)
+blocks = [None] * 6
+def use():
+    for i in range(6):
+        blocks[i] = libc.malloc(10_000_000)
+        libc.memset(blocks[i], 1, 10_000_000)
+    for i in range(6):
+        libc.free(blocks[i])
+for _ in range(3): use()  # until blocks lie where the next ones fit
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5): use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
