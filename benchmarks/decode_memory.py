@@ -7,8 +7,6 @@ process, or on a CUDA device of what torch allocated. What would not fit in the 
 out. Each case adds a row to the CSV file, with the bytes in its name.
 """
 
-import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.gated_delta_rule import RESULTS, Timing, append, wait
-from benchmarks.process import apart, free_bytes, peak_bytes, show_table
+from benchmarks.process import apart, free_bytes, peak_bytes
+from benchmarks.timing import Timing, add_csv, append, command_line, parse, show_table, wait
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM, read_tokens
 from gdn2.presets import load_preset
 
@@ -76,14 +74,7 @@ def measure(
     seconds = seconds[WARM_UP:]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     nbytes = sum(x.nbytes for x in _tensors(cache))
-    return Timing(
-        Context(T, parameters, nbytes, _peak(device)),
-        name,
-        "decode",
-        1000 * min(seconds),
-        1000 * statistics.median(seconds),
-        None,
-    )
+    return Timing.of(Context(T, parameters, nbytes, _peak(device)), name, "decode", seconds)
 
 
 def build(config: Gdn2Config, name: str) -> Any:
@@ -189,37 +180,27 @@ def draw(timings: Sequence[Timing], path: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None, call: Callable[..., Any] = apart) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_memory",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("decode_memory", __doc__, EXAMPLES)
     parser.add_argument("preset", nargs="?", default="prose_gdn2", help="its sizes are used")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="T")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} here")
+    add_csv(parser)
     parser.add_argument("--png", type=Path, default=PICTURE, help="default: docs/decode_memory.png")
-    args = parser.parse_args(argv)
-    threads = torch.get_num_threads() if args.threads is None else args.threads
-    if min(*args.contexts, args.tokens, threads) < 1:
-        parser.error("contexts, tokens and threads must be at least 1")
+    args = parse(parser, argv)
     config, device, timings = load_preset(args.preset).model, torch.device(args.device), []
-    torch.set_num_threads(threads)
     for T in args.contexts:
         for name in MODELS:
-            options = {"tokens": args.tokens, "device": device, "threads": threads}
+            options = {"tokens": args.tokens, "device": device, "threads": args.threads}
             timing = call(measure, config, name, T, **options)
             if timing is None:
                 print(f"left out: {name} behind {T:,} tokens needs more memory than is free")
             else:
                 timings.append(timing)
     show(timings)
-    append(timings, args.csv, device, script=Path(__file__).name)
+    append(timings, args.csv, device, Path(__file__).name)
     draw(timings, args.png, f"{args.preset}: decoding one token on {args.device}")
-    print(f"added {len(timings)} rows to {args.csv}; drew {args.png}")
+    print(f"drew {args.png}")
     return 0
 
 

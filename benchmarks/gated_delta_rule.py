@@ -11,18 +11,11 @@ one_head  the same of a single head
 length    time per token of short and of long sequences
 """
 
-import argparse
-import csv
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.peers import Rule, load_peers
-from benchmarks.process import show_table
+from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
 from gdn2.ops import gated_delta_rule
-from gdn2.train.record import commit
 
-RESULTS = Path(__file__).with_name("results.csv")
 CHUNK = 64  # of the useful FLOPs, whatever the backend uses
 EXAMPLES = """examples:
   python -m benchmarks.gated_delta_rule
@@ -124,15 +115,6 @@ SUITES: dict[str, tuple[Case, ...]] = {
 SUITES["one_head"] = tuple(replace(case, H=1) for case in SUITES["forms"] if case.HV is None)
 
 
-class Timing(NamedTuple):
-    case: Case
-    backend: str
-    direction: str
-    min_ms: float
-    median_ms: float
-    share_of_mm: float | None  # of the minimum; None where gradients are in it
-
-
 def measure(
     cases: Sequence[Case], *, rounds: int, device: torch.device, mm_size: int = 1024
 ) -> list[Timing]:
@@ -152,8 +134,7 @@ def measure(
     timings = []
     for (case, name, direction, _), seconds in zip(wanted, of_calls, strict=True):
         share = case.flops / min(seconds) / rate if direction == "forward" else None
-        low, middle = 1000 * min(seconds), 1000 * statistics.median(seconds)
-        timings.append(Timing(case, name, direction, low, middle, share))
+        timings.append(Timing.of(case, name, direction, seconds)._replace(share_of_mm=share))
     return timings
 
 
@@ -219,36 +200,6 @@ def operands_of(case: Case, device: torch.device) -> tuple[list[Tensor | None], 
     return operands, randn(HV, V).to(case.dtype)
 
 
-def interleaved(
-    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device
-) -> list[list[float]]:
-    """Seconds of each call in each round, after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds + 1):
-        for call, times in zip(calls, seconds, strict=True):
-            wait(device)
-            started = time.perf_counter()
-            call()
-            wait(device)
-            if number:
-                times.append(time.perf_counter() - started)
-    return seconds
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
 def show(timings: Sequence[Timing]) -> None:
     """A table for each case; ratios are of minima, to the case's first and to the first case's."""
     leading: dict[str, float] = {}
@@ -268,62 +219,23 @@ def show(timings: Sequence[Timing]) -> None:
         show_table(table)
 
 
-def append(
-    timings: Sequence[Timing], path: Path, device: torch.device, script: str = Path(__file__).name
-) -> None:
-    machine = {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "script": script,
-    }
-    rows = [machine | _row(t) for t in timings]
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*machine, *Timing._fields], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _row(t: Timing) -> dict[str, object]:
-    share = None if t.share_of_mm is None else round(t.share_of_mm, 4)
-    times = {"min_ms": round(t.min_ms, 3), "median_ms": round(t.median_ms, 3)}
-    return t._asdict() | {"case": t.case.name, "share_of_mm": share, **times}
-
-
 def main(argv: Sequence[str] | None = None, suites: Mapping[str, Sequence[Case]] = SUITES) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gated_delta_rule",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("gated_delta_rule", __doc__, EXAMPLES)
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)}; default: all"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default: 10")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} here")
-    args = parser.parse_args(argv)
-    for name in ("rounds", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    add_csv(parser)
+    args = parse(parser, argv)
     for suite in args.suites:
         if suite not in suites:
             parser.error(f"there is no suite {suite!r}, only {', '.join(suites)}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     for suite in args.suites or suites:
         timings = measure(suites[suite], rounds=args.rounds, device=device)
         show(timings)
-        append(timings, args.csv, device)
-        print(f"added {len(timings)} rows to {args.csv}")
+        append(timings, args.csv, device, Path(__file__).name)
     return 0
 
 

@@ -5,8 +5,6 @@ take turns, one round after the other in one process; ratios are of minima, to t
 are per channel, everything is float32. Each call adds a row to the CSV file.
 """
 
-import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gated_delta_rule import (
-    RESULTS,
-    Case,
-    Timing,
-    append,
-    interleaved,
-    operands_of,
-    show,
-)
+from benchmarks.gated_delta_rule import Case, operands_of, show
+from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse
 from gdn2.ops import gated_delta_step
 
 # (batch, heads, key and value channels): states of 32 KB to 128 MB
@@ -40,9 +31,9 @@ def measure(sizes: Sequence[tuple[int, int, int]], *, rounds: int) -> list[Timin
         case = Case(f"states of {megabytes:g} MiB", B, 1, H, K, K)
         calls = _calls(case)
         seconds = interleaved(list(calls.values()), rounds, cpu)
-        for name, times in zip(calls, seconds, strict=True):
-            low, middle = 1000 * min(times), 1000 * statistics.median(times)
-            timings.append(Timing(case, name, "step", low, middle, None))
+        timings += [
+            Timing.of(case, name, "step", times) for name, times in zip(calls, seconds, strict=True)
+        ]
     return timings
 
 
@@ -68,24 +59,13 @@ def _calls(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sequence[tuple[int, int, int]] = SIZES) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gated_delta_step",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("gated_delta_step", __doc__, EXAMPLES)
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="default: 50")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} here")
-    args = parser.parse_args(argv)
-    if min(args.rounds, 1 if args.threads is None else args.threads) < 1:
-        parser.error("rounds and threads must be at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    add_csv(parser)
+    args = parse(parser, argv)
     timings = measure(sizes, rounds=args.rounds)
     show(timings)
-    append(timings, args.csv, torch.device("cpu"), script=Path(__file__).name)
-    print(f"added {len(timings)} rows to {args.csv}")
+    append(timings, args.csv, torch.device("cpu"), Path(__file__).name)
     return 0
 
 

@@ -4,7 +4,6 @@ Each length runs in a process of its own, with its inputs and the upstream gradi
 the process then needs at most, above that, is put in relation to the bytes of the inputs.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,8 @@ import torch
 from rich.table import Table
 
 from benchmarks.gated_delta_rule import Case, implementations, operands_of
-from benchmarks.process import apart, peak_beyond, show_table
+from benchmarks.process import apart, peak_beyond
+from benchmarks.timing import command_line, parse, show_table
 
 LENGTHS = (4096, 16_384, 65_536)
 EXAMPLES = """examples:
@@ -40,19 +40,11 @@ def _differentiate(rule: Callable, operands: Sequence[Any], weight: torch.Tensor
 
 
 def main(argv: Sequence[str] | None = None, call: Callable[..., Any] = apart) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peak_memory",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("peak_memory", __doc__, EXAMPLES)
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="tokens"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    args = parser.parse_args(argv)
-    if min(*args.lengths, args.threads) < 1:
-        parser.error("lengths and threads must be at least 1")
+    args = parse(parser, argv)
     table = Table("T", title="B=1 H=4 K=V=128, all gates per channel, float32")
     for heading in ("inputs MB", "peak beyond MB", "ratio"):
         table.add_column(heading, justify="right")

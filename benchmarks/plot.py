@@ -12,7 +12,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.gated_delta_rule import RESULTS, SUITES, Case
+from benchmarks.gated_delta_rule import SUITES, Case
+from benchmarks.timing import add_csv
 
 PICTURE = Path(__file__).parents[1] / "docs" / "cpu_speed.png"
 DIRECTIONS = ("forward", "forward+backward")
@@ -74,7 +75,7 @@ def _draw_length(axes: Axes, times: Times, cases: Sequence[Case]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} here")
+    add_csv(parser)
     parser.add_argument("--device", help="default: that of the last row")
     parser.add_argument("--png", type=Path, default=PICTURE, help="default: docs/cpu_speed.png")
     args = parser.parse_args(argv)

@@ -1,19 +1,10 @@
-"""What the scripts share: a process of its own, memory as Linux counts it, and tables."""
+"""Measuring in a process of its own: memory as Linux counts it."""
 
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-
-WIDE = 120  # of a table in a file or a pipe, where rich would cut numbers short to fit 80
-
-
-def show_table(table: Table) -> None:
-    Console(width=None if Console().is_terminal else WIDE).print(table)
 
 
 def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -11,11 +11,9 @@ attention   sliding-window attention alone: time, and peak memory in a process o
 compile     the recurrent model with its blocks compiled; needs a C++ compiler
 """
 
-import argparse
 import inspect
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.decode_memory import build
-from benchmarks.gated_delta_rule import RESULTS, Timing, append, interleaved
-from benchmarks.process import apart, peak_beyond, show_table
+from benchmarks.process import apart, peak_beyond
+from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
 from gdn2.models import MIXERS, Gdn2Config, Gdn2ForCausalLM
 from gdn2.models.loss import IGNORED
 from gdn2.presets import load_preset
@@ -203,8 +201,8 @@ def time_compiled(plan: Plan) -> list[Timing]:
         keys.append((Case(plan.title, *tokens.shape, count(model)), name, "step"))
         started = time.perf_counter()
         calls[-1]()
-        ms = 1000 * (time.perf_counter() - started)
-        first.append(Timing(keys[-1][0], name, "first step", ms, ms, None))
+        seconds = time.perf_counter() - started
+        first.append(Timing.of(keys[-1][0], name, "first step", [seconds]))
     return first + time_all(keys, calls, plan.rounds)
 
 
@@ -212,7 +210,7 @@ def time_all(
     keys: Sequence[tuple[Case, str, str]], calls: Sequence[Callable], rounds: int
 ) -> list[Timing]:
     return [
-        Timing(*key, 1000 * min(seconds), 1000 * statistics.median(seconds), None)
+        Timing.of(*key, seconds)
         for key, seconds in zip(keys, interleaved(calls, rounds, CPU), strict=True)
     ]
 
@@ -250,12 +248,7 @@ SUITES: Mapping[str, tuple[Callable[[Plan], list[Timing]], Sequence[int]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("training", __doc__, EXAMPLES)
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
     )
@@ -263,13 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", metavar="T", help="default: the suite's")
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="a step; 8192")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help=f"default: {RESULTS.name} here")
-    args = parser.parse_args(argv)
+    add_csv(parser)
+    args = parse(parser, argv)
     suites = args.suites or list(SUITES)
-    threads = torch.get_num_threads() if args.threads is None else args.threads
-    if min(*args.lengths or [1], args.tokens, args.rounds, threads) < 1:
-        parser.error("lengths, tokens, rounds and threads must be at least 1")
     for suite in suites:
         if suite not in SUITES:
             parser.error(f"there is no suite {suite!r}, only {', '.join(SUITES)}")
@@ -278,7 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "compile" in suites and not shutil.which(compiler := os.environ.get("CXX", "g++")):
         print(f"compile needs a C++ compiler, and there is no {compiler}", file=sys.stderr)
         return 1
-    torch.set_num_threads(threads)
     keep_freed_memory()
     config = load_preset(args.preset).model if args.preset else SIZES
     if config.vocab_size > LARGEST_VOCABULARY:
@@ -289,8 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = args.lengths or lengths
         timings = measure(Plan(args.preset or "20m", config, lengths, args.tokens, args.rounds))
         show(timings)
-        append(timings, args.csv, CPU, script=Path(__file__).name)
-        print(f"added {len(timings)} rows to {args.csv}")
+        append(timings, args.csv, CPU, Path(__file__).name)
     return 0
 
 
