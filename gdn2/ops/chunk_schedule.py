@@ -10,7 +10,8 @@ Axes: n chunks of a segment, C tokens a chunk, H heads, D channels.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,28 +20,29 @@ _CACHE_LINES_APART = 17
 
 
 class Workspace:
-    """Buffers by name, which the segments of a call share.
+    """Buffers by name, which all segments share.
 
     Fresh memory costs a page fault for every 4 KB, which takes longer than computing on it.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, zero: bool = False) -> Tensor:
         """A tensor that shares memory with the last one of that name, unless that was too small.
 
-        zero: new memory is zeros. A user that leaves some of them finds them again, as long as the
-        last axes are those of the last user.
+        zero: new memory is zeros, and is shared among equal last axes only: a user that leaves some
+        of them finds them again.
         """
-        size, buffer = math.prod(shape), self._buffers.get(name)
+        key, size = (name, shape[1:] if zero else None), math.prod(shape)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             # Buffers that start at the same offset of a page compete for the same cache lines.
             skew = _CACHE_LINES_APART * len(self._buffers) % 64 * 64 // self.dtype.itemsize
             make = torch.zeros if zero else torch.empty
             buffer = make(skew + size, dtype=self.dtype, device=self.device)[skew:]
-            self._buffers[name] = buffer
+            self._buffers[key] = buffer
         return buffer[:size].view(shape)
 
 
@@ -92,37 +94,42 @@ class Scattered:
     padding: Tensor
 
 
+class Shape(NamedTuple):
+    """What the buffers of a segment's chunks depend on.
+
+    Attributes:
+        chunk: tokens a chunk.
+        steps: the number of chunks of each step of the scan.
+        grid: the axes (steps, sequences) of the chunks; (n, 1) where their steps are not equal.
+    """
+
+    chunk: int
+    steps: tuple[int, ...]
+    grid: tuple[int, int]
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(self.steps)
+
+
 @dataclass(frozen=True)
 class Segment:
     """Chunks in step-major order: all sequences' first chunks of the segment, then the second ...
 
     Attributes:
-        sequences: ranks of the sequences that the segment's first step works on.
-        steps: ``(first chunk, number of chunks)`` of each step of the scan; a step's chunks belong
-            to the first of `sequences`, one each.
-        chunk: tokens a chunk.
+        sequences: ranks of the sequences that the segment's first step works on; the chunks of
+            every step belong to the first of these, one each.
+        shape: how many chunks there are.
         place: where the tokens are.
     """
 
     sequences: slice
-    steps: tuple[tuple[int, int], ...]
-    chunk: int
+    shape: Shape
     place: Lattice | Scattered
 
     @property
     def num_sequences(self) -> int:
         return self.sequences.stop - self.sequences.start
-
-    @property
-    def num_chunks(self) -> int:
-        return sum(count for _, count in self.steps)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The axes (steps, sequences) that `read` splits the chunks into; (n, 1) if scattered."""
-        if isinstance(self.place, Lattice):
-            return self.place.steps, self.place.sequences
-        return self.num_chunks, 1
 
     def read(self, x: Tensor, order: TokenOrder) -> Tensor:
         """The segment's part of x ``[tokens, ...]`` as ``[*order, *grid, ...]``.
@@ -131,22 +138,25 @@ class Segment:
         with zeros as padding.
         """
         if isinstance(self.place, Lattice):
-            return _view(x, self.place, self.chunk, order)
+            return _view(x, self.place, self.shape.chunk, order)
         rows = x.index_select(0, self.place.tokens).index_fill_(0, self.place.padding, 0)
-        return _view(rows, Lattice(0, 0, self.num_chunks, 1), self.chunk, order)
+        return self._in_chunks(rows, order)
 
     def write(self, x: Tensor, order: TokenOrder, compute: Callable[[Tensor], object]) -> None:
         """Have ``compute(out)`` fill the segment's part of x, laid out as by `read`."""
         if isinstance(self.place, Lattice):
-            compute(_view(x, self.place, self.chunk, order))
+            compute(_view(x, self.place, self.shape.chunk, order))
             return
         at = self.place
-        rows = x.new_empty(self.num_chunks * self.chunk, *x.shape[1:])
-        compute(_view(rows, Lattice(0, 0, self.num_chunks, 1), self.chunk, order))
+        rows = x.new_empty(len(at.tokens), *x.shape[1:])
+        compute(self._in_chunks(rows, order))
         if len(at.padding):
             x.index_copy_(0, at.tokens[at.taken], rows.index_select(0, at.taken))
         else:
             x.index_copy_(0, at.tokens, rows)
+
+    def _in_chunks(self, rows: Tensor, order: TokenOrder) -> Tensor:
+        return _view(rows, Lattice(0, 0, self.shape.num_chunks, 1), self.shape.chunk, order)
 
 
 def _view(x: Tensor, at: Lattice, chunk: int, order: TokenOrder) -> Tensor:
@@ -169,26 +179,25 @@ class Schedule:
 
     Attributes:
         segments: for a group of sequences from their first to their last chunks, group by group.
-        by_length: the sequence at each rank (steps count sequences by rank, longest first); None
-            when that is the given order.
+        by_rank: the sequence at each rank; None when that is the given order.
     """
 
     segments: list[Segment]
     num_sequences: int
-    by_length: Tensor | None
+    by_rank: Tensor | None
 
     def rank(self, state: Tensor) -> Tensor:
         """Copy states ``[N, ...]`` from the caller's order to the order of ranks."""
-        if self.by_length is None:
+        if self.by_rank is None:
             return state.clone(memory_format=torch.contiguous_format)
-        return state[self.by_length].contiguous()
+        return state[self.by_rank].contiguous()
 
     def unrank(self, state: Tensor) -> Tensor:
         """Undo `rank`."""
-        if self.by_length is None:
+        if self.by_rank is None:
             return state
         given = torch.empty_like(state)
-        given[self.by_length] = state
+        given[self.by_rank] = state
         return given
 
 
@@ -204,13 +213,26 @@ def build_schedule(
 
     side_by_side: how many equal sequences may share segments that they go beyond.
     """
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    by_length = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    sequences = [(bounds[n], lengths[n]) for n in by_length]
-    segments = list(_cut(sequences, chunk, chunks_per_segment, side_by_side, device))
-    in_order = by_length == list(range(len(by_length)))
-    ranks = None if in_order else torch.tensor(by_length, device=device)
-    return Schedule(segments, len(sequences), ranks)
+    sequences = [
+        _Sequence(n, start, stop - start) for n, (start, stop) in enumerate(pairwise(bounds))
+    ]
+    sequences.sort(key=lambda sequence: -sequence.length)
+    runs = [
+        (run, _in_lattices(run, chunk, chunks_per_segment))
+        for run in _regular_runs(sequences, chunk, chunks_per_segment, side_by_side)
+    ]
+    runs.sort(key=lambda run: run[1] - run[0][0].length)  # by what is left of each sequence
+    segments: list[Segment] = []
+    ranks: list[_Sequence] = []
+    for run, tokens in runs:
+        segments += _lattices(run, tokens, len(ranks), chunk, chunks_per_segment)
+        ranks += run
+    rest = [(x.start + tokens, x.length - tokens) for run, tokens in runs for x in run]
+    segments += _gather(rest, chunk, chunks_per_segment, device)
+    numbers = [sequence.number for sequence in ranks]
+    in_order = numbers == list(range(len(numbers)))
+    by_rank = None if in_order else torch.tensor(numbers, device=device)
+    return Schedule(segments, len(numbers), by_rank)
 
 
 def most_segment_starts(
@@ -228,100 +250,85 @@ def most_segment_starts(
     return num_sequences * (1 + -(-chunks // at_once))
 
 
-def _cut(
-    sequences: list[tuple[int, int]],
-    chunk: int,
-    chunks_per_segment: int,
-    side_by_side: int,
-    device: torch.device,
-) -> Iterator[Segment]:
-    """Segments of all (start, length), sorted by falling length.
+class _Sequence(NamedTuple):
+    number: int
+    start: int
+    length: int
 
-    Full chunks of long sequences, or of many equal ones, are lattices. What is left of those, and
-    all shorter sequences, are gathered.
-    """
-    rest: list[tuple[int, int]] = []
-    rank, rest_of_lattices = 0, False
-    for run in _regular_runs(sequences, chunk, chunks_per_segment, side_by_side):
-        start, length = run[0]
-        full = length // chunk
-        is_lattice = 2 * len(run) * full >= chunks_per_segment
-        if is_lattice != rest_of_lattices:
-            yield from _gather(rest, rank - len(rest), chunk, chunks_per_segment, device)
-            rest, rest_of_lattices = [], is_lattice
-        if is_lattice:
-            stride = run[1][0] - start if len(run) > 1 else 0
-            at_once = max(1, chunks_per_segment // len(run))
-            for first in range(0, full, at_once):
-                place = Lattice(start + first * chunk, stride, min(at_once, full - first), len(run))
-                steps = tuple((step * len(run), len(run)) for step in range(place.steps))
-                yield Segment(slice(rank, rank + len(run)), steps, chunk, place)
-            run = [(start + full * chunk, length - full * chunk) for start, length in run]
-        rest += run
-        rank += len(run)
-    yield from _gather(rest, rank - len(rest), chunk, chunks_per_segment, device)
+
+def _in_lattices(run: list[_Sequence], chunk: int, chunks_per_segment: int) -> int:
+    """How many tokens of each of these equal sequences lattices take; the rest is gathered."""
+    full = run[0].length // chunk
+    return full * chunk if 2 * len(run) * full >= chunks_per_segment else 0
+
+
+def _lattices(
+    run: list[_Sequence], tokens: int, rank: int, chunk: int, chunks_per_segment: int
+) -> Iterator[Segment]:
+    """Segments of the first tokens of equal sequences; `rank` is that of the first."""
+    start, count = run[0].start, len(run)
+    stride = run[1].start - start if count > 1 else 0
+    at_once = max(1, chunks_per_segment // count) * chunk
+    for first in range(0, tokens, at_once):
+        steps = min(at_once, tokens - first) // chunk
+        shape = Shape(chunk, (count,) * steps, (steps, count))
+        place = Lattice(start + first, stride, steps, count)
+        yield Segment(slice(rank, rank + count), shape, place)
 
 
 def _regular_runs(
-    sequences: list[tuple[int, int]], chunk: int, chunks_per_segment: int, side_by_side: int
-) -> Iterator[list[tuple[int, int]]]:
+    sequences: list[_Sequence], chunk: int, chunks_per_segment: int, side_by_side: int
+) -> Iterator[list[_Sequence]]:
     """Neighbours of equal length at equal distances upwards that may share segments."""
-    run: list[tuple[int, int]] = []
-    for start, length in sequences:
+    run: list[_Sequence] = []
+    for x in sequences:
         regular = (
             run
-            and length == run[0][1]
-            and start >= run[-1][0]
-            and (len(run) == 1 or start - run[-1][0] == run[1][0] - run[0][0])
+            and x.length == run[0].length
+            and x.start >= run[-1].start
+            and (len(run) == 1 or x.start - run[-1].start == run[1].start - run[0].start)
         )
-        chunks = (len(run) + 1) * (length // chunk)
+        chunks = (len(run) + 1) * (x.length // chunk)
         if run and not (regular and (len(run) < side_by_side or chunks <= chunks_per_segment)):
             yield run
             run = []
-        run.append((start, length))
+        run.append(x)
     if run:
         yield run
 
 
 def _gather(
-    sequences: list[tuple[int, int]],
-    rank: int,
-    chunk: int,
-    chunks_per_segment: int,
-    device: torch.device,
+    rest: list[tuple[int, int]], chunk: int, chunks_per_segment: int, device: torch.device
 ) -> Iterator[Segment]:
-    """Segments of short sequences, which they hold whole; `rank` is that of the first."""
-    group: list[tuple[int, int]] = []
-    chunks = 0
-    for start, length in sequences:
-        own = max(1, -(-length // chunk))
-        if group and chunks + own > chunks_per_segment:
-            yield from _gathered_segment(group, rank, chunk, device)
-            rank += len(group)
-            group, chunks = [], 0
-        group.append((start, length))
-        chunks += own
-    yield from _gathered_segment(group, rank, chunk, device)
+    """Segments of all (start, length) by rank, longest first; each holds its sequences whole."""
+    first = 0
+    chunks = [max(1, -(-length // chunk)) for _, length in rest]
+    for stop in range(1, len(rest) + 1):
+        if stop == len(rest) or sum(chunks[first : stop + 1]) > chunks_per_segment:
+            yield from _gathered_segment(rest[first:stop], first, chunk, device)
+            first = stop
 
 
 def _gathered_segment(
     group: list[tuple[int, int]], rank: int, chunk: int, device: torch.device
 ) -> Iterator[Segment]:
     """One segment for the whole group; none where no sequence has a token."""
-    steps: list[list[tuple[int, int]]] = []  # (first token, tokens) of each step's chunks
-    for offset in range(0, max((length for _, length in group), default=0), chunk):
-        step = [(start + offset, min(chunk, length - offset)) for start, length in group]
-        while step[-1][1] <= 0:
-            step.pop()
-        steps.append(step)
+    steps = [
+        [
+            (start + offset, min(chunk, length - offset))
+            for start, length in group
+            if length > offset
+        ]
+        for offset in range(0, group[0][1], chunk)
+    ]  # (first token, tokens) of each step's chunks
     if not steps:
         return
-    firsts = accumulate((len(step) for step in steps), initial=0)
-    counts = tuple((first, len(step)) for first, step in zip(firsts, steps, strict=False))
+    counts = tuple(len(step) for step in steps)
+    shape = Shape(chunk, counts, (sum(counts), 1))
     runs = torch.tensor([run for step in steps for run in step], device=device)
     first, size = runs.unsqueeze(-1).unbind(1)
     row = torch.arange(chunk, device=device)
     taken = row < size
     tokens = (first + row).where(taken, 0).flatten()
     place = Scattered(tokens, *(x.flatten().nonzero().squeeze(1) for x in (taken, ~taken)))
-    yield Segment(slice(rank, rank + len(steps[0])), counts, chunk, place)
+    yield Segment(slice(rank, rank + counts[0]), shape, place)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Schedule, build_schedule, most_segment_starts
-from gdn2.ops.chunks import HeadLayout, chunks_by_shape
+from gdn2.ops.chunks import KeptChunks, Layout
 from gdn2.ops.contract import (
     Operands,
     check_bounds,
@@ -32,6 +32,8 @@ from gdn2.ops.contract import (
 
 CHUNK = 32  # a power of two
 _SEGMENT_ELEMENTS = 2**18  # of one [M, C, K or W] buffer: about a megabyte, to stay in cache
+
+_on_cpu = KeptChunks()
 
 
 def gated_delta_rule(
@@ -59,13 +61,13 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns outputs, states, and (if `keep`) the states that segments start from, in order."""
-    layout = HeadLayout.of(q, v, log_decay, erase)
+    layout = Layout.of(q, v, log_decay, erase)
     schedule = _schedule(layout, q, cu_seqlens)
     inputs = layout.flat(Operands(q, k, v, log_decay, erase, write))
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     S = layout.state_in(state, schedule, q.device)
     starts = _empty_starts(layout, q, cu_seqlens, keep)
-    chunks_of, kept = chunks_by_shape(schedule, layout, inputs, scale, keep=False), 0
+    chunks_of, kept = _kept_chunks(q.device)(schedule, layout, scale, q.device, keep=False), 0
     with no_autocast(q):
         for segment in schedule.segments:
             state = S[segment.sequences]
@@ -82,7 +84,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, log_decay, erase, write, state, cu_seqlens, scale, keep):  # noqa: ARG001
-    layout = HeadLayout.of(q, v, log_decay, erase)
+    layout = Layout.of(q, v, log_decay, erase)
     starts = _empty_starts(layout, q, cu_seqlens, keep)
     return q.new_empty(v.shape), _empty_states(layout, q, cu_seqlens), starts
 
@@ -103,13 +105,13 @@ def _backward(
 ) -> list[Tensor]:
     """Returns the gradients of q, k, v, of those gates that there are, and of the state."""
     operands = Operands(q, k, v, log_decay, erase, write)
-    layout = HeadLayout.of(q, v, log_decay, erase)
+    layout = Layout.of(q, v, log_decay, erase)
     schedule = _schedule(layout, q, cu_seqlens)
     inputs = layout.flat(operands)
     grads = _empty_gradients(operands)
     dinputs, dvalues = layout.flat(grads), layout.values(dout)
     dS = layout.state_in(dstate, schedule, dout.device)
-    chunks_of = chunks_by_shape(schedule, layout, inputs, scale, keep=True)
+    chunks_of = _kept_chunks(q.device)(schedule, layout, scale, q.device, keep=True)
     kept = sum(segment.num_sequences for segment in schedule.segments)
     with no_autocast(dout):
         for segment in reversed(schedule.segments):
@@ -125,7 +127,7 @@ def _backward(
 @_backward.register_fake
 def _(dout, dstate, q, k, v, log_decay, erase, write, cu_seqlens, starts, scale):  # noqa: ARG001
     grads = _empty_gradients(Operands(q, k, v, log_decay, erase, write))
-    layout = HeadLayout.of(q, v, log_decay, erase)
+    layout = Layout.of(q, v, log_decay, erase)
     return [*(g for g in grads if g is not None), _empty_states(layout, q, cu_seqlens)]
 
 
@@ -151,7 +153,7 @@ def _differentiate(ctx, dout, dstate, _):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _schedule(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
+def _schedule(layout: Layout, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
     B, T = q.shape[:2]
     if cu_seqlens is None:
         bounds = [b * T for b in range(B + 1)]
@@ -161,7 +163,12 @@ def _schedule(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Sched
     return build_schedule(bounds, **_sizes(layout, cu_seqlens), device=q.device)
 
 
-def _sizes(layout: HeadLayout, cu_seqlens: Tensor | None) -> dict[str, int]:
+def _kept_chunks(device: torch.device) -> KeptChunks:
+    """New ones on an accelerator, where work on the last call's buffers may still be queued."""
+    return _on_cpu if device.type == "cpu" else KeptChunks()
+
+
+def _sizes(layout: Layout, cu_seqlens: Tensor | None) -> dict[str, int]:
     chunks = max(1, _SEGMENT_ELEMENTS // (layout.P * CHUNK * max(layout.K, layout.W)))
     side_by_side = max(1, chunks // 4) if cu_seqlens is None else 1
     return {"chunk": CHUNK, "chunks_per_segment": chunks, "side_by_side": side_by_side}
@@ -176,12 +183,12 @@ def _empty_gradients(x: Operands) -> Operands:
     return x.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
 
 
-def _empty_states(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _empty_states(layout: Layout, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     shape = (_num_sequences(q, cu_seqlens), layout.HV, layout.K, layout.V)
     return q.new_empty(shape, dtype=layout.dtype)
 
 
-def _empty_starts(layout: HeadLayout, q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> Tensor:
+def _empty_starts(layout: Layout, q: Tensor, cu_seqlens: Tensor | None, keep: bool) -> Tensor:
     most = most_segment_starts(
         _num_sequences(q, cu_seqlens), q.shape[0] * q.shape[1], **_sizes(layout, cu_seqlens)
     )

@@ -8,38 +8,41 @@ W = V HV / P. Buffers that enter products have M first, those of the key side th
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Schedule, Segment, TokenOrder, Workspace
+from gdn2.ops.chunk_schedule import Schedule, Segment, Shape, TokenOrder, Workspace
 from gdn2.ops.contract import Operands, state_dtype
 from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay, smallest_factor
 
 
 @dataclass(frozen=True)
-class HeadLayout:
-    """How heads and channels are arranged for the products: P and W of the module's axes."""
+class Layout:
+    """Which gates there are, and how heads and channels are arranged for the products."""
 
     H: int
     HV: int
     P: int
     K: int
     V: int
+    decay: type[NoDecay | HeadDecay | ChannelDecay]
+    has_erase: bool
     dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, q: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None
-    ) -> "HeadLayout":
+    def of(cls, q: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None) -> "Layout":
         H, K = q.shape[2:]
         HV, V = v.shape[2:]
         on_value_heads = any(x is not None and x.shape[2] != H for x in (log_decay, erase))
-        return cls(H, HV, HV if on_value_heads else H, K, V, state_dtype(q.dtype))
+        P = HV if on_value_heads else H
+        return cls(H, HV, P, K, V, _decay_class(log_decay), erase is not None, state_dtype(q.dtype))
 
     @property
     def W(self) -> int:
@@ -124,23 +127,20 @@ class Chunks:
 
     def __init__(
         self,
-        segment: Segment,
-        layout: HeadLayout,
-        inputs: Operands,
+        shape: Shape,
+        layout: Layout,
         scale: float,
         empty: Workspace,
         *,
         keep: bool,
     ):
-        self.layout, self.scale, self.empty, self.keep = layout, scale, empty, keep
-        self.grid, self.has_erase = segment.grid, inputs.erase is not None
-        C, P, K, W = segment.chunk, layout.P, layout.K, layout.W
-        M, Y = segment.num_chunks * P, 2 if self.has_erase else 1
-        kind = _decay_class(inputs.log_decay)
-        self.decay = d = kind(Y, C, M, K, empty, keep=keep)
-        self.order = TokenOrder(C, bits_reversed=kind.bits_reversed)
+        self.layout, self.scale, self.empty, self.grid = layout, scale, empty, shape.grid
+        C, P, K, W = shape.chunk, layout.P, layout.K, layout.W
+        M, Y = shape.num_chunks * P, 2 if layout.has_erase else 1
+        self.decay = d = layout.decay(Y, C, M, K, empty, keep=keep)
+        self.order = TokenOrder(C, bits_reversed=layout.decay.bits_reversed)
         z = empty("z", C, M, W)
-        self.R = empty("R", M, C, W) if self.has_erase else z.transpose(0, 1)
+        self.R = empty("R", M, C, W) if layout.has_erase else z.transpose(0, 1)
         self.read = empty("read", M, Y * C, W)  # what the rows read of the state
         self.out = empty("out", M, C, W)
         # What is lower becomes zero; exp() itself is slow where its result is denormal.
@@ -157,12 +157,12 @@ class Chunks:
             self.dread = empty("dread", M, Y * C, W)
             self.drows = empty("drows by chunk", M, Y * C, K)
             self.dR = empty("dR", M, C, W)
-            self.dz = empty("dz", M, C, W) if self.has_erase else self.dR
+            self.dz = empty("dz", M, C, W) if layout.has_erase else self.dR
             self.dtails = empty("dtails", M, C, K)
             self.dG_end = empty("decay gradient at the end", M, K)
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
-        sizes = [count * P for _, count in segment.steps]
+        sizes = [count * P for count in shape.steps]
         self.X = empty("X", max(sizes), C, W)
         inverse = None if d.block_inverse is None else d.block_inverse.inverse
         rows, total = d.rows.flatten(0, 1), None if d.total is None else d.total.unsqueeze(-1)
@@ -246,7 +246,7 @@ class Chunks:
 
         dS comes as that after the segment's last token, and is taken back in place.
         """
-        d, C = self.decay, segment.chunk
+        d, C = self.decay, segment.shape.chunk
         # Gradient of what the rows read of the state, as the rows lie: -dZ and dO.
         dO = self.dread[:, -C:]
         self._value_side(dO.transpose(0, 1)).copy_(segment.read(dout, self.order))
@@ -332,24 +332,31 @@ def _split(buffers: Sequence[Tensor | None], sizes: list[int]) -> Iterator[tuple
     return zip(*parts, strict=False)
 
 
-def chunks_by_shape(
-    schedule: Schedule, layout: HeadLayout, inputs: Operands, scale: float, *, keep: bool
-) -> Callable[[Segment], Chunks]:
-    """Return a function that finds the `Chunks` for a segment: the same for all of one shape."""
-    empty, made = Workspace(layout.dtype, inputs.q.device), {}
+class KeptChunks(threading.local):
+    """`Chunks` with their buffers, kept for later segments and calls, by each thread its own.
 
-    def find(segment: Segment) -> Chunks:
-        shape = segment.grid, segment.steps
-        if shape not in made:
-            made[shape] = Chunks(segment, layout, inputs, scale, empty, keep=keep)
-        return made[shape]
+    To make them anew takes as long as to compute on some fifty tokens.
+    """
 
-    if schedule.segments:  # the largest first: its buffers then serve all others
-        find(max(schedule.segments, key=lambda segment: segment.num_chunks))
-    return find
+    def __init__(self) -> None:
+        self._workspace = cache(Workspace)
+        self._chunks = lru_cache(maxsize=64)(Chunks)
+
+    def __call__(
+        self, schedule: Schedule, layout: Layout, scale: float, device: torch.device, *, keep: bool
+    ) -> Callable[[Segment], Chunks]:
+        """Return a function that finds the `Chunks` for a segment."""
+        empty = self._workspace(layout.dtype, device)
+
+        def find(segment: Segment) -> Chunks:
+            return self._chunks(segment.shape, layout, scale, empty, keep=keep)
+
+        if schedule.segments:  # the largest first: its buffers then serve all others
+            find(max(schedule.segments, key=lambda segment: segment.shape.num_chunks))
+        return find
 
 
-def _decay_class(log_decay: Tensor | None) -> type[NoDecay] | type[ChannelDecay]:
+def _decay_class(log_decay: Tensor | None) -> type[NoDecay | HeadDecay | ChannelDecay]:
     if log_decay is None:
         return NoDecay
-    return HeadDecay if log_decay.shape[-1] == 1 else ChannelDecay
+    return HeadDecay if log_decay.ndim == 3 else ChannelDecay

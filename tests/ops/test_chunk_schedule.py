@@ -49,11 +49,11 @@ def test_reading_and_writing_all_segments_is_the_identity(
     copy, seen = torch.zeros_like(x), 0
     for segment in schedule.segments:
         chunks = segment.read(x, order)
-        assert chunks.shape == (*order.sizes, *segment.grid, 2, 3)
+        assert chunks.shape == (*order.sizes, *segment.shape.grid, 2, 3)
         seen += (chunks != 0).any(-1).sum().item()
         segment.write(copy, order, lambda to, chunks=chunks: to.copy_(chunks))
-        n = segment.num_chunks
-        assert n <= chunks_per_segment or len(segment.steps) == 1
+        shape = segment.shape
+        assert shape.num_chunks <= chunks_per_segment or len(shape.steps) == 1
     assert torch.equal(copy, x)
     assert seen == 2 * bounds[-1]  # no token twice: padding is zero
 
@@ -68,10 +68,10 @@ def test_every_sequence_is_scanned_in_order(lengths, chunks_per_segment, side_by
     scanned = [[] for _ in lengths]
     for segment in schedule.segments:
         chunks = segment.read(tokens, order).flatten(1).t()  # [n, C]
-        for first, count in segment.steps:
-            for i in range(count):
-                scanned[segment.sequences.start + i] += chunks[first + i].tolist()
-    ranks = range(len(lengths)) if schedule.by_length is None else schedule.by_length.tolist()
+        for step in chunks.split(segment.shape.steps):
+            for i, chunk in enumerate(step):
+                scanned[segment.sequences.start + i] += chunk.tolist()
+    ranks = range(len(lengths)) if schedule.by_rank is None else schedule.by_rank.tolist()
     for rank, n in enumerate(ranks):
         got = [token - 1 for token in scanned[rank] if token]
         assert got == list(range(bounds[n], bounds[n + 1]))
@@ -118,10 +118,11 @@ def test_equal_sequences_are_read_through_a_view():
 
 def test_long_sequences_are_read_through_views_and_their_ends_together():
     schedule = schedule_of([0, 50, 55, 100], 2)
-    *bodies, ends, short = [segment.place for segment in schedule.segments]
-    assert bodies == [Lattice(0, 0, 2, 1), Lattice(32, 0, 1, 1), Lattice(55, 0, 2, 1)]
-    assert ends.tokens[ends.taken].tolist() == [48, 49, *range(87, 100)]
-    assert short.tokens[short.taken].tolist() == list(range(50, 55))
+    assert schedule.by_rank.tolist() == [2, 1, 0]  # by what is gathered of them
+    *bodies, longer, shortest = [segment.place for segment in schedule.segments]
+    assert bodies == [Lattice(55, 0, 2, 1), Lattice(0, 0, 2, 1), Lattice(32, 0, 1, 1)]
+    assert longer.tokens[longer.taken].tolist() == [*range(87, 100), *range(50, 55)]
+    assert shortest.tokens[shortest.taken].tolist() == [48, 49]
 
 
 def test_indices_are_made_on_the_tensors_device():
@@ -133,5 +134,5 @@ def test_indices_are_made_on_the_tensors_device():
 def test_ranks_are_undone():
     schedule = schedule_of([0, 3, 3, 20], 4, chunk=4)
     states = torch.randn(3, 2)
-    assert schedule.by_length.tolist() == [2, 0, 1]
+    assert schedule.by_rank.tolist() == [0, 2, 1]
     assert torch.equal(schedule.unrank(schedule.rank(states)), states)

@@ -1,5 +1,6 @@
 """The chunked backend against the token loop in float64: the operator's guarantees."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from operator_cases import (
 )
 
 from gdn2.ops import chunked, gated_delta_rule, triangular
+from gdn2.ops.chunks import KeptChunks
 
 C = chunked.CHUNK
 
@@ -200,7 +202,12 @@ def test_two_runs_are_bit_identical(layout):
 
 
 @pytest.fixture
-def uninitialised_memory_is_nan():
+def new_buffers(monkeypatch):
+    monkeypatch.setattr(chunked, "_on_cpu", KeptChunks())
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan(new_buffers):
     torch.use_deterministic_algorithms(True)  # torch then fills every empty tensor with NaN
     assert torch.empty(3).isnan().all()
     yield
@@ -212,6 +219,30 @@ def uninitialised_memory_is_nan():
 @pytest.mark.parametrize(("decay", "erase", "write"), [f for f in GATE_FORMS if len(set(f)) != 2])
 def test_no_result_comes_from_uninitialised_memory(decay, erase, write, layout):
     assert compare_with_truth(Case(decay, erase, write, **LAYOUTS[layout])) < 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("decay", "erase", "write"), [f for f in GATE_FORMS if len(set(f)) != 2])
+def test_an_earlier_call_leaves_no_trace(decay, erase, write, layout):
+    """Buffers are kept from call to call."""
+    case = Case(decay, erase, write, **LAYOUTS[layout])
+    inputs = make_inputs(case, dtype=torch.float32)
+    clean = run(inputs, case)
+    run({n: None if x is None else x * torch.nan for n, x in inputs.items()}, case)
+    again = run(inputs, case)
+    for name in clean:
+        assert_same_bits(again[name], clean[name], name)
+
+
+def test_threads_do_not_disturb_each_other():
+    case = Case(B=1, T=300, H=2, HV=2, K=32, V=32)
+    inputs = [make_inputs(case, seed=seed, dtype=torch.float32) for seed in range(4)]
+    alone = [run(x, case) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for got, want in zip(threads.map(lambda x: run(x, case), inputs), alone, strict=True):
+                for name in want:
+                    assert_same_bits(got[name], want[name], name)
 
 
 def test_given_state_is_left_alone_and_never_returned():
@@ -314,8 +345,9 @@ def test_gradients_of_gradients_are_refused():
         torch.autograd.grad(out.sum(), inputs["q"], create_graph=True)
 
 
+@pytest.mark.usefixtures("new_buffers")
 def test_gradients_after_a_first_call_in_inference_mode():
-    """Constants that the first call of a size makes may not be tensors of inference mode alone."""
+    """What the first call of a size makes may not be tensors of inference mode alone."""
     case = Case(K=24)
     inputs = make_inputs(case, dtype=torch.float32)
     plain = run(inputs, case)
