@@ -9,17 +9,16 @@ W = V HV / P. Buffers that enter products have M first, those of the key side th
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn2.ops.chunk_schedule import Schedule, Segment, Shape, TokenOrder, Workspace
-from gdn2.ops.contract import Operands, state_dtype
+from gdn2.ops.contract import Operands, in_parts, state_dtype
 from gdn2.ops.decayed_scores import ChannelDecay, HeadDecay, NoDecay, smallest_factor
 
 
@@ -163,6 +162,10 @@ class Chunks:
             times = self.order.times(C).to(empty.device)
             self.from_now_on = (times >= times.unsqueeze(1)).to(empty.dtype)
         sizes = [count * P for count in shape.steps]
+
+        def split(x: Tensor) -> tuple[Tensor, ...]:
+            return x.split(sizes)
+
         self.X = empty("X", max(sizes), C, W)
         inverse = None if d.block_inverse is None else d.block_inverse.inverse
         rows, total = d.rows.flatten(0, 1), None if d.total is None else d.total.unsqueeze(-1)
@@ -177,7 +180,7 @@ class Chunks:
             read_by_erase=self.read[:, :C],
             R=self.R,
         )
-        self.steps = [_Step(*views) for views in _split(forth, sizes)]
+        self.steps = [_Step(*views) for views in in_parts(forth, split)]
         if keep:
             self.product = empty("product", max(sizes), K, W)
             back = _StepBack(
@@ -196,7 +199,7 @@ class Chunks:
                 dread_by_erase=self.dread[:, :C],
                 drows=self.drows,
             )
-            self.steps_back = [_StepBack(*views) for views in _split(back, sizes)][::-1]
+            self.steps_back = [_StepBack(*views) for views in in_parts(back, split)][::-1]
 
     def load(self, segment: Segment, inputs: Operands) -> None:
         """Fold the gates of the segment's tokens into scores, rows, tails and written values."""
@@ -324,12 +327,6 @@ class Chunks:
 
     def _as_tokens(self, x: Tensor, *heads: int) -> Tensor:
         return x.unflatten(1, (*self.grid, *heads)).unflatten(0, self.order.sizes)
-
-
-def _split(buffers: Sequence[Tensor | None], sizes: list[int]) -> Iterator[tuple]:
-    """The steps' parts of every buffer [M, ...], step by step; None where there is no buffer."""
-    parts = (repeat(None) if x is None else x.split(sizes) for x in buffers)
-    return zip(*parts, strict=False)
 
 
 class KeptChunks(threading.local):

@@ -1,7 +1,8 @@
 """What every backend is given: the operands of the gated delta rule, checked once at the door."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,13 @@ class Operands(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "Operands":
         """Apply `function` to every tensor that is there."""
         return Operands(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
+
+def in_parts(
+    tensors: Iterable[Tensor | None], cut: Callable[[Tensor], Iterable[Tensor]]
+) -> Iterator[tuple]:
+    """The parts that `cut` makes of every tensor, part by part; None where there is no tensor."""
+    return zip(*(repeat(None) if x is None else cut(x) for x in tensors), strict=False)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,12 +5,10 @@ cache; nothing else of its size is allocated.
 Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
 """
 
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import Operands, no_autocast, state_dtype
+from gdn2.ops.contract import Operands, in_parts, no_autocast, state_dtype
 
 _CACHED = 2**18  # numbers of the states that one operation after the other works on: a megabyte
 
@@ -62,7 +60,7 @@ def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tens
 
 
 def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
-    (B, T, HV, V), K = x.v.shape, x.k.shape[-1]
+    B, T, HV, V = x.v.shape
     S = state.flatten(0, 1)  # [N, K, V], N = B HV
 
     def by_token(y: Tensor) -> Tensor:  # [T, N, channels or 1]
@@ -71,45 +69,41 @@ def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
         y = y if T == 1 else y.transpose(0, 1)
         return y.reshape(T, B * HV, y.shape[3] if y.ndim == 4 else 1)
 
-    q, k, v, log_decay, erase, write = x.map(by_token)
-    rows = S.new_empty(T, B * HV, 1 if erase is None else 2, K)
-    itself = torch.linalg.vecdot(torch.mul(q, scale, out=rows[:, :, -1]), k).unsqueeze(-1)
-    if erase is not None:
-        torch.mul(k, erase, out=rows[:, :, 0])  # Eq. 8
-    if write is not None:
-        v = v * write
-    decay = None
-    if log_decay is not None:
-        decay = log_decay.exp().unsqueeze(-1)
-        rows.mul_(decay.mT)
-    operands = rows, itself, k.unsqueeze(-1), v, decay
-    tokens = zip(*([None] * T if y is None else y.unbind() for y in operands), strict=True)
-    parts = max(1, -(-S.numel() // _CACHED))
-    outs = [_advance_in_parts(parts, S, *token) for token in tokens]
-    out = torch.stack(outs) if outs else torch.empty_like(v)
+    out = S.new_empty(T, B * HV, V)
+    for *token, to in in_parts((*x.map(by_token), out), Tensor.unbind):
+        _advance_token(Operands(*token), scale, S, to)
     if S.data_ptr() != state.data_ptr():  # a copy, because the state lies otherwise
         state.copy_(S.view_as(state))
     return out.view(T, B, HV, V).transpose(0, 1).contiguous()
 
 
-def _advance_in_parts(
-    parts: int, S: Tensor, rows: Tensor, itself: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
-) -> Tensor:
-    """A part's states stay in cache until it is done: they come from memory once."""
-    if parts == 1:
-        return _advance_states(S, rows, itself, k, v, decay)
-    split = [y.chunk(parts) for y in (S, rows, itself, k, v)]
-    decays = repeat(None) if decay is None else decay.chunk(parts)
-    return torch.cat([_advance_states(*y) for y in zip(*split, decays, strict=False)])
+def _advance_token(x: Operands, scale: float, S: Tensor, out: Tensor) -> None:
+    """Erase and query rows read the old S together: ``o = S^T (exp(g) q) + (q^T k) change``.
 
-
-def _advance_states(
-    S: Tensor, rows: Tensor, itself: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
-) -> Tensor:
-    """Erase and query rows read the old S together: ``o = S^T (exp(g) q) + (q^T k) change``."""
-    *erased, read = torch.bmm(rows, S).unbind(1)
-    change = v - erased[0] if erased else v
-    if decay is not None:
-        S.mul_(decay)
-    S.addcmul_(k, change.unsqueeze(1))
-    return torch.addcmul(read, itself, change)
+    Only four operations see S, and a group of states stays in cache from one to the next.
+    """
+    q, k, v, log_decay, erase, write = x
+    N, K, V = S.shape
+    Y = 1 if erase is None else 2
+    rows, read = S.new_empty(N, Y, K), S.new_empty(N, Y, V)
+    torch.mul(q, scale, out=rows[:, -1])
+    itself = torch.linalg.vecdot(rows[:, -1], k).unsqueeze(1)
+    change = v if write is None else v * write
+    decay, erased = None, None
+    if erase is not None:
+        torch.mul(k, erase, out=rows[:, 0])  # Eq. 8
+        erased, change = read[:, 0], change.clone() if write is None else change
+    if log_decay is not None:
+        decay = log_decay.exp().unsqueeze(2)
+        rows.mul_(decay.mT)
+    operands = S, rows, read, erased, change, decay, k.unsqueeze(2), change.unsqueeze(1)
+    groups = -(-S.numel() // _CACHED)
+    each = in_parts(operands, lambda y: y.chunk(groups)) if groups > 1 else (operands,)
+    for states, row, to, old, new, factor, column, change_row in each:
+        torch.bmm(row, states, out=to)
+        if old is not None:
+            new.sub_(old)
+        if factor is not None:
+            states.mul_(factor)
+        states.addcmul_(column, change_row)
+    torch.addcmul(read[:, -1], itself, change, out=out)
