@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -37,10 +38,13 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_autocast_available = cache(torch.amp.is_autocast_available)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Keep autocast from lowering the precision of products on x's device."""
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return nullcontext()  # to enter and leave autocast takes longer than a small operation
     return torch.autocast(kind, enabled=False)
 

@@ -5,6 +5,8 @@ cache; nothing else of its size is allocated.
 Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,14 +65,16 @@ def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:
     B, T, HV, V = x.v.shape
     S = state.flatten(0, 1)  # [N, K, V], N = B HV
 
-    def by_token(y: Tensor) -> Tensor:  # [T, N, channels or 1]
+    def by_token(y: Tensor) -> Sequence[Tensor]:  # T times [N, channels or 1]
         y = y if y.dtype == S.dtype else y.to(S.dtype)
         y = y if y.shape[2] == HV else y.repeat_interleave(HV // y.shape[2], 2)
-        y = y if T == 1 else y.transpose(0, 1)
-        return y.reshape(T, B * HV, y.shape[3] if y.ndim == 4 else 1)
+        channels = y.shape[3] if y.ndim == 4 else 1
+        if T == 1:  # nearly always: two operations less, of tens in all
+            return (y.reshape(B * HV, channels),)
+        return y.transpose(0, 1).reshape(T, B * HV, channels).unbind()
 
     out = S.new_empty(T, B * HV, V)
-    for *token, to in in_parts((*x.map(by_token), out), Tensor.unbind):
+    for token, to in zip(in_parts(x, by_token), out.unbind(), strict=True):
         _advance_token(Operands(*token), scale, S, to)
     if S.data_ptr() != state.data_ptr():  # a copy, because the state lies otherwise
         state.copy_(S.view_as(state))
@@ -83,19 +87,15 @@ def _advance_token(x: Operands, scale: float, S: Tensor, out: Tensor) -> None:
     Only four operations see S, and a group of states stays in cache from one to the next.
     """
     q, k, v, log_decay, erase, write = x
-    N, K, V = S.shape
-    Y = 1 if erase is None else 2
-    rows, read = S.new_empty(N, Y, K), S.new_empty(N, Y, V)
-    torch.mul(q, scale, out=rows[:, -1])
-    itself = torch.linalg.vecdot(rows[:, -1], k).unsqueeze(1)
-    change = v if write is None else v * write
-    decay, erased = None, None
-    if erase is not None:
-        torch.mul(k, erase, out=rows[:, 0])  # Eq. 8
-        erased, change = read[:, 0], change.clone() if write is None else change
+    q = q * scale
+    itself = torch.linalg.vecdot(q, k).unsqueeze(1)
+    change = v.clone() if write is None else v * write
+    rows = q.unsqueeze(1) if erase is None else torch.stack((k * erase, q), 1)  # Eq. 8
+    read, decay = S.new_empty(*rows.shape[:2], S.shape[2]), None
     if log_decay is not None:
         decay = log_decay.exp().unsqueeze(2)
         rows.mul_(decay.mT)
+    erased = None if erase is None else read[:, 0]
     operands = S, rows, read, erased, change, decay, k.unsqueeze(2), change.unsqueeze(1)
     groups = -(-S.numel() // _CACHED)
     each = in_parts(operands, lambda y: y.chunk(groups)) if groups > 1 else (operands,)
