@@ -41,6 +41,20 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(function, (x, weight, bias, state))
 
 
+@pytest.mark.parametrize("one_dnn", [True, False])
+@pytest.mark.parametrize("D", [5, 64])
+def test_float32_is_exact_with_and_without_onednn(D, one_dnn):
+    double = make(1, 300, D, 4)
+    cu_seqlens, results = torch.tensor([0, 2, 2, 130, 300]), []
+    with torch.backends.mkldnn.flags(enabled=one_dnn):
+        for dtype in (torch.float64, torch.float32):
+            leaves = [t.to(dtype).requires_grad_() for t in double]
+            y, _ = causal_conv(*leaves, cu_seqlens=cu_seqlens)
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * want.abs().max().item())
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 5))
 def test_packed_equals_separate(lengths, W):
