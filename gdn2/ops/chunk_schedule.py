@@ -41,7 +41,8 @@ class Workspace:
             # Buffers that start at the same offset of a page compete for the same cache lines.
             skew = _CACHE_LINES_APART * len(self._buffers) % 64 * 64 // self.dtype.itemsize
             make = torch.zeros if zero else torch.empty
-            buffer = make(skew + size, dtype=self.dtype, device=self.device)[skew:]
+            with torch.inference_mode(mode=False):  # what it makes may not be for that mode alone
+                buffer = make(skew + size, dtype=self.dtype, device=self.device)[skew:]
             self._buffers[key] = buffer
         return buffer[:size].view(shape)
 

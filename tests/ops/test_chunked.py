@@ -345,14 +345,16 @@ def test_gradients_of_gradients_are_refused():
         torch.autograd.grad(out.sum(), inputs["q"], create_graph=True)
 
 
-@pytest.mark.usefixtures("new_buffers")
-def test_gradients_after_a_first_call_in_inference_mode():
+@pytest.mark.parametrize("decay", FORMS)
+def test_calls_after_a_first_one_in_inference_mode(decay, monkeypatch):
     """What the first call of a size makes may not be tensors of inference mode alone."""
-    case = Case(K=24)
+    case = Case(decay, K=24)
     inputs = make_inputs(case, dtype=torch.float32)
-    plain = run(inputs, case)
+    plain, (out, _) = run(inputs, case), gated_delta_rule(**inputs, scale=case.scale)
     triangular._constants.cache_clear()
+    monkeypatch.setattr(chunked, "_on_cpu", KeptChunks())
     with torch.inference_mode():
         gated_delta_rule(**inputs, scale=case.scale)
+    assert torch.equal(gated_delta_rule(**inputs, scale=case.scale)[0], out)
     got = run(inputs, case)
     assert all(torch.equal(got[name], plain[name]) for name in plain)
