@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install check test test-gpu test-slow peers hooks demo bench clean
+.PHONY: help install check test test-gpu test-slow compile-check peers hooks demo bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with the library and what development needs
 
@@ -31,7 +31,11 @@ check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/mypy
 
 test: $(INSTALLED)  ## the tests that run everywhere, in minutes
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not interpret'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/ops/test_triton.py
+
+compile-check: $(INSTALLED)  ## compile the Triton kernels for GPUs that are not here; show the table
+	$(BIN)/python tests/compiled_kernels.py
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

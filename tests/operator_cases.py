@@ -11,6 +11,7 @@ from torch import Tensor
 from gdn2.ops import chunked, gated_delta_rule
 
 C = chunked.CHUNK
+PYTORCH_BACKENDS = ("chunked", "reference")
 FORMS = (None, "head", "channel")
 GATE_FORMS = list(itertools.product(FORMS, FORMS, FORMS))  # decay, erase, write
 LAYOUTS = {

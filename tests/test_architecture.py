@@ -37,6 +37,9 @@ LIBRARIES = {
 }
 
 
+ONLY_IN = {"triton": PACKAGE / "ops" / "triton"}
+
+
 def parts() -> list[tuple[str, Path]]:
     return [(f.relative_to(PACKAGE).parts[0].removesuffix(".py"), f) for f in PACKAGE.rglob("*.py")]
 
@@ -63,6 +66,8 @@ def test_imports_point_downwards(part, path):
         if top == "gdn2":
             target = rest.partition(".")[0]
             assert target in MAY_IMPORT[part] | {part, "", "__version__"}, f"{path} imports {name}"
+        elif top in ONLY_IN:
+            assert path.is_relative_to(ONLY_IN[top]), f"{path} imports {name}"
         elif top not in sys.stdlib_module_names:
             assert top in LIBRARIES[part] | {"torch"}, f"{path} imports {name}"
 

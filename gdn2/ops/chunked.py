@@ -143,11 +143,43 @@ def _differentiate(ctx, dout, dstate, _):
     check_first_order()
     saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
     *operands, cu_seqlens, starts = saved
+    x = Operands(*operands)
+    return (
+        *_gradients(x, ctx.scale, cu_seqlens, starts, dout, dstate, ctx.has_state),
+        None,
+        None,
+        None,
+    )
+
+
+def gradients(
+    x: Operands,
+    scale: float,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dout: Tensor | None,
+    dstate: Tensor | None,
+) -> list[Tensor | None]:
+    """Those of the operands and the state, for a backend whose forward kept nothing else."""
+    check_first_order()
+    *_, starts = _forward(*x, state, cu_seqlens, scale, True)
+    return _gradients(x, scale, cu_seqlens, starts, dout, dstate, state is not None)
+
+
+def _gradients(
+    x: Operands,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    dout: Tensor | None,
+    dstate: Tensor | None,
+    has_state: bool,
+) -> list[Tensor | None]:
     if dout is None:
-        dout = torch.zeros_like(operands[2])
-    grads = iter(_backward(dout, dstate, *operands, cu_seqlens, starts, ctx.scale))
-    of_operands = [None if x is None else next(grads) for x in operands]
-    return *of_operands, next(grads) if ctx.has_state else None, None, None, None
+        dout = torch.zeros_like(x.v)
+    grads = iter(_backward(dout, dstate, *x, cu_seqlens, starts, scale))
+    of_operands = [None if t is None else next(grads) for t in x]
+    return [*of_operands, next(grads) if has_state else None]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -4,10 +4,12 @@ Axes: B batch, T time, H key heads, HV value heads (a multiple of H), K key chan
 channels, N sequences (B, or the number of packed ones). Equation numbers are those of docs/math.md.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from gdn2.ops import chunked, reference, step
+from gdn2.ops import chunked, reference, step, triton
 from gdn2.ops.contract import (
     Operands,
     check_boundaries,
@@ -16,7 +18,7 @@ from gdn2.ops.contract import (
     check_state_indices,
 )
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("chunked", "reference", "triton")
 MAX_STEP_TOKENS = 16
 
 
@@ -64,6 +66,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError: a tensor's shape, dtype or device breaks the contract, or an unknown backend.
+        NotImplementedError: the backend that is named can not serve the call.
 
     Source: arXiv 2605.22791, Eqs. 9 and 10.
     """
@@ -72,8 +75,9 @@ def gated_delta_rule(
     num_sequences = check_boundaries(cu_seqlens, q)
     if state is not None:
         check_state(state, num_sequences, x)
-    run = {"chunked": chunked.gated_delta_rule, "reference": reference.gated_delta_rule}
-    return run[resolve_backend(backend)](x, float(scale), state, cu_seqlens)
+    name = resolve_backend(backend, x)
+    run = chunked if name == "chunked" else _implementation(name)
+    return run.gated_delta_rule(x, float(scale), state, cu_seqlens)
 
 
 def gated_delta_step(
@@ -125,17 +129,28 @@ def gated_delta_step(
     if state_indices is not None:
         check_state_indices(state_indices, x)
     check_state(state, q.shape[0] if state_indices is None else state.shape[0], x)
-    run = {"chunked": step.gated_delta_step, "reference": reference.gated_delta_step}
-    out = run[resolve_backend(backend)](x, float(scale), state, state_indices).to(q.dtype)
+    name = resolve_backend(backend, x)
+    run = step if name == "chunked" else _implementation(name)
+    out = run.gated_delta_step(x, float(scale), state, state_indices).to(q.dtype)
     return (out.squeeze(1) if one_token else out), state
 
 
-def resolve_backend(request: str | None) -> str:
+def resolve_backend(request: str | None, x: Operands) -> str:
     """Name the backend that serves a call; a named request is returned or refused, never replaced.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown. NotImplementedError: that backend can not serve the call.
     """
     if request not in (None, *BACKENDS):
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {request!r}")
+    if request == "triton" and (reason := triton.problem(x)):
+        raise NotImplementedError(f"backend='triton' {reason}; the others can serve this call")
     return request or "chunked"
+
+
+def _implementation(name: str) -> ModuleType:
+    if name == "reference":
+        return reference
+    from gdn2.ops.triton import register  # not before: only this needs triton
+
+    return register

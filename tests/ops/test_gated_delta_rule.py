@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from operator_cases import GATE_FORMS, Case, error, make_inputs, run
+from operator_cases import GATE_FORMS, PYTORCH_BACKENDS, Case, error, make_inputs, run
 
-from gdn2.ops import BACKENDS, gated_delta_rule, gated_delta_step, resolve_backend, step
+from gdn2.ops import gated_delta_rule, gated_delta_step, resolve_backend, step
+from gdn2.ops.contract import Operands
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PYTORCH_BACKENDS)
 def test_named_backend_is_used(name):
-    assert resolve_backend(name) == name
+    x = Operands(*(make_inputs(Case())[name] for name in Operands._fields))
+    assert resolve_backend(name, x) == name
 
 
 def test_unknown_backend_is_refused_by_name():
@@ -61,7 +63,7 @@ def test_packing_needs_one_row():
         gated_delta_rule(**make_inputs(Case()), cu_seqlens=torch.tensor([0, 70]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 def test_autocast_does_not_reach_the_operator(backend):
     case = Case(T=40)
     inputs = make_inputs(case, dtype=torch.float32)
@@ -90,7 +92,7 @@ def step_by_step(inputs: dict, case: Case, backend: str, tokens: int):
     return torch.cat(outs, dim=1), state
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
 def test_step_equals_sequence(decay, erase, write, grouped, backend):
@@ -120,7 +122,7 @@ def test_step_does_not_depend_on_the_batch_or_on_what_fits_the_cache(
         assert torch.equal(now[1:2], one_state)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 def test_step_updates_a_strided_state_in_place(backend):
     inputs = make_inputs(Case(T=2, HV=4))
     state = inputs.pop("state")
@@ -131,7 +133,7 @@ def test_step_updates_a_strided_state_in_place(backend):
     assert torch.equal(strided, state)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 @pytest.mark.parametrize("size", ["B", "T"])
 def test_step_of_nothing(size, backend):
     case = Case(**({"T": 2} | {size: 0}))
@@ -142,7 +144,7 @@ def test_step_of_nothing(size, backend):
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_continues_a_prefill(backend, dtype):
     case = Case(T=80)
@@ -158,7 +160,7 @@ def test_step_continues_a_prefill(backend, dtype):
     assert error(state, last) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH_BACKENDS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_step_on_a_pool_touches_only_its_slots(backend, index_dtype):
     case = Case(B=3, T=2)

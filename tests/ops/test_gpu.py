@@ -21,20 +21,21 @@ def on_device(inputs: dict) -> dict:
     return {name: x if x is None else x.cuda() for name, x in inputs.items()}
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
-def test_equals_the_token_loop(decay, erase, write, layout):
+def test_equals_the_token_loop(decay, erase, write, layout, backend):
     case = Case(decay, erase, write, K=32, V=32, **LAYOUTS[layout])
     inputs = cast(make_inputs(case), torch.float32)
     truth = run(cast(inputs, torch.float64), case, backend="reference")
     loop = run(inputs, case, backend="reference")
-    got = {name: x.cpu() for name, x in run(on_device(inputs), case, backend="chunked").items()}
+    got = {name: x.cpu() for name, x in run(on_device(inputs), case, backend=backend).items()}
     assert_no_worse(got, than=loop, truth=truth, factor=2.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_step_on_a_pool(backend):
-    case = Case(B=3, T=2)
+    case = Case(B=3, T=2, K=16, V=16)
     inputs = on_device(make_inputs(case))
     pool = inputs.pop("state")
     indices = torch.tensor([2, -1, 0], dtype=torch.int32, device="cuda")

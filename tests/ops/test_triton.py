@@ -1,0 +1,248 @@
+"""The Triton backend in Triton's interpreter, on tensors of the CPU: the operator's guarantees.
+
+`make test` runs these apart, with TRITON_INTERPRET=1. The interpreter rounds no product to the
+tensor cores' formats and knows nothing of threads: what it can not show is left to a GPU.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+from operator_cases import (
+    EXTREMES,
+    GATE_FORMS,
+    LAYOUTS,
+    Case,
+    assert_no_worse,
+    assert_same_bits,
+    cast,
+    error,
+    extreme_inputs,
+    make_inputs,
+    run,
+)
+
+from gdn2.ops import gated_delta_rule, gated_delta_step
+from gdn2.ops.triton.sizes import INTERPRETER, sizes_of
+
+
+def interpreted() -> bool:
+    return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret
+
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not interpreted(), reason="needs triton, and TRITON_INTERPRET=1"),
+]
+C = sizes_of(16, torch.float32, INTERPRETER).C
+SMALL = {"K": 16, "V": 16}
+
+
+def forward(inputs: dict, case: Case, backend: str = "triton") -> dict:
+    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens)
+    names = ("out", "new_state")
+    results = gated_delta_rule(**inputs, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend)
+    return dict(zip(names, results, strict=True))
+
+
+def assert_as_exact_as_chunked(inputs: dict, case: Case) -> None:
+    truth = forward(cast(inputs, torch.float64), case, "reference")
+    chunked = forward(inputs, case, "chunked")
+    assert_no_worse(forward(inputs, case), than=chunked, truth=truth, factor=2.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
+def test_equals_the_token_loop(decay, erase, write, layout):
+    case = Case(decay, erase, write, **LAYOUTS[layout], **SMALL)
+    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+
+
+@pytest.mark.parametrize("T", [0, 1, C - 1, C, C + 1, 2 * C])
+def test_any_length(T):
+    case = Case(T=T, **SMALL)
+    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+
+
+@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 48), (48, 80), (80, 32)])
+@pytest.mark.parametrize("decay", ["channel", "head"])
+def test_any_channels(decay, K, V):
+    case = Case(decay, B=1, T=C + 3, K=K, V=V)
+    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+
+
+@pytest.mark.parametrize("decay", ["channel", "head"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_gates_stay_right(extreme, decay):
+    case = Case(decay, B=1, T=50, **SMALL)
+    inputs = cast(extreme_inputs(extreme, case), torch.float32)
+    truth = forward(cast(inputs, torch.float64), case, "reference")
+    loop, got = forward(inputs, case, "reference"), forward(inputs, case)
+    assert_no_worse(got, than=loop, truth=truth, factor=32.0 if extreme == "equal keys" else 4.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_rounds_no_more_than_its_operands(layout):
+    case = Case(**LAYOUTS[layout], **SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = {n: x.half() if n in ("q", "k", "v") else x for n, x in inputs.items()}
+    truth = forward({n: x.double() for n, x in inputs.items()}, case, "reference")
+    got = forward(inputs, case)
+    assert got["out"].dtype == torch.float16
+    for name, true in truth.items():
+        assert error(got[name].double(), true) < 2e-3, name
+
+
+@pytest.mark.parametrize("layout", ["batch", "gates_on_value_heads"])
+@pytest.mark.parametrize(("decay", "erase"), [("channel", "channel"), ("head", "head")])
+def test_future_tokens_cannot_change_the_past(decay, erase, layout):
+    case = Case(decay, erase, **LAYOUTS[layout], **SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    before = forward(inputs, case)["out"]
+    for P in (1, C - 2, C, C + 5):
+        other = make_inputs(case, seed=1, dtype=torch.float32)
+        edited = {
+            n: x if n == "state" else torch.cat([x[:, :P], other[n][:, P:]], 1)
+            for n, x in inputs.items()
+        }
+        after = forward(edited, case)["out"]
+        assert_same_bits(after[:, :P], before[:, :P], f"P={P}")
+        assert not torch.equal(after[:, P:], before[:, P:])
+
+
+@pytest.mark.parametrize("decay", ["channel", "head"])
+def test_appended_tokens_and_other_batches_change_no_bit(decay):
+    case = Case(decay, B=3, T=3 * C + 5, **SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    whole = forward(inputs, case)["out"]
+    one = {n: x[1:2] for n, x in inputs.items()}
+    assert_same_bits(forward(one, case)["out"], whole[1:2], "alone")
+    T = C + 7
+    start = {n: x if n == "state" else x[:, :T] for n, x in one.items()}
+    assert_same_bits(forward(start, case)["out"], whole[1:2, :T], "appended")
+    # The same sequence as the second of a pack.
+    packed = {n: torch.cat([x[:1], x[1:2]]) if n == "state" else x for n, x in inputs.items()}
+    packed = {
+        n: x if n == "state" else torch.cat([x[:1, :9], x[1:2]], 1) for n, x in packed.items()
+    }
+    pack = Case(decay, cu_seqlens=(0, 9, 9 + case.T), **SMALL)
+    assert_same_bits(forward(packed, pack)["out"][:, 9:], whole[1:2], "packed")
+
+
+def test_split_sequence_equals_whole():
+    case = Case(T=60, **SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    whole = forward(inputs, case)
+    first = {n: x if n == "state" else x[:, :37] for n, x in inputs.items()}
+    second = {n: x if n == "state" else x[:, 37:] for n, x in inputs.items()}
+    a = forward(first, case)
+    b = forward(second | {"state": a["new_state"]}, case)
+    assert error(torch.cat([a["out"], b["out"]], 1), whole["out"]) < 1e-6
+    assert error(b["new_state"], whole["new_state"]) < 1e-6
+
+
+def test_no_result_comes_from_uninitialised_memory():
+    torch.use_deterministic_algorithms(True)  # torch then fills every empty tensor with NaN
+    try:
+        for layout in ("batch", "packed"):
+            for decay in ("channel", "head", None):
+                case = Case(decay, **LAYOUTS[layout], **SMALL)
+                results = forward(make_inputs(case, dtype=torch.float32), case)
+                assert all(x.isfinite().all() for x in results.values())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_strided_operands_are_read_where_they_are():
+    case = Case(**SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    want = forward(inputs, case)
+    wide = torch.cat([inputs["q"], inputs["k"], inputs["v"]], -2).contiguous()
+    q, k, v = wide.split(2, dim=-2)  # as one projection gives them
+    turned = {n: inputs[n].transpose(0, 1).contiguous().transpose(0, 1) for n in ("erase", "state")}
+    got = forward(inputs | {"q": q, "k": k, "v": v} | turned, case)
+    for name in want:
+        assert_same_bits(got[name], want[name], name)
+
+
+def test_gradients_are_those_of_the_chunked_backend():
+    case = Case(**LAYOUTS["packed"], **SMALL)
+    inputs = make_inputs(case, dtype=torch.float32)
+    got, want = run(inputs, case, backend="triton"), run(inputs, case, backend="chunked")
+    for name in want:
+        if name.startswith("d_"):
+            assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
+def test_step_equals_the_token_loop(decay, erase, write, grouped):
+    heads = {"HV": 4, "gates_on_value_heads": decay == "head"} if grouped else {}
+    case = Case(decay, erase, write, T=3, **SMALL, **heads)
+    inputs = make_inputs(case, dtype=torch.float32)
+    truth = forward(cast(inputs, torch.float64), case, "reference")
+    loop = forward(inputs, case, "reference")
+    out, state = gated_delta_step(**inputs, scale=case.scale, backend="triton")
+    assert state is inputs["state"]
+    assert_no_worse({"out": out, "new_state": state}, than=loop, truth=truth, factor=2.0)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_step_on_a_pool_touches_only_its_slots(index_dtype):
+    inputs = make_inputs(Case(B=3, T=1, **SMALL), dtype=torch.float32)
+    rows = inputs.pop("state")
+    pool = torch.randn(6, *rows.shape[1:])
+    strided = pool.transpose(1, 2).contiguous().transpose(1, 2)
+    alone = pool[[4, 1]].clone()
+    indices = torch.tensor([4, -1, 1], dtype=index_dtype)
+    live = {n: x[[0, 2], 0] for n, x in inputs.items()}
+    want, _ = gated_delta_step(**live, state=alone, backend="triton")
+    for states in (pool, strided):
+        before = states.clone()
+        out, _ = gated_delta_step(
+            **{n: x[:, 0] for n, x in inputs.items()},
+            state=states,
+            state_indices=indices,
+            backend="triton",
+        )
+        assert_same_bits(out[[0, 2]], want, "out")
+        assert not out[1].any()
+        assert_same_bits(states[[4, 1]], alone, "slots")
+        assert_same_bits(states[[0, 2, 3, 5]], before[[0, 2, 3, 5]], "others")
+
+
+def test_registered_operators_pass_opcheck():
+    inputs = make_inputs(Case(B=1, T=C, **SMALL), dtype=torch.float32)
+    state = inputs.pop("state")
+    operands = tuple(x.requires_grad_() for x in inputs.values())
+    gated_delta_rule(**inputs, state=state, backend="triton")  # registers them
+    torch.library.opcheck(
+        torch.ops.gdn2.triton_gated_delta_rule.default, (*operands, state, None, 1.0)
+    )
+    detached = tuple(x.detach()[:, :1] for x in operands)
+    torch.library.opcheck(
+        torch.ops.gdn2.triton_gated_delta_step.default, (*detached, 1.0, state, None)
+    )
+
+
+REFUSED = {
+    "float64": (Case(**SMALL), torch.float64, "takes float32, float16 and bfloat16"),
+    "bfloat16": (Case(**SMALL), torch.bfloat16, "interpreter"),
+    "channels": (Case(K=24, V=16), torch.float32, "multiples of 16 up to 256, got K=24, V=16"),
+    "many channels": (Case(T=1, K=16, V=272), torch.float32, "got K=16, V=272"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_can_not_serve_is_refused_with_the_reason(name):
+    case, dtype, reason = REFUSED[name]
+    inputs = cast(make_inputs(case), dtype)
+    with pytest.raises(NotImplementedError, match=f"backend='triton' .*{reason}"):
+        gated_delta_rule(**inputs, backend="triton")
+
+
+def test_chunked_still_serves_calls_that_name_no_backend():
+    inputs = make_inputs(Case(**SMALL), dtype=torch.float32)
+    case = Case(**SMALL)
+    assert torch.equal(forward(inputs, case, None)["out"], forward(inputs, case, "chunked")["out"])
