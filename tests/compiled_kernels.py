@@ -1,0 +1,188 @@
+"""What the Triton kernels compile to for GPUs that are not here: registers, spills, shared memory.
+
+    python tests/compiled_kernels.py            compare with compiled_kernels.csv
+    python tests/compiled_kernels.py --write    write that file
+
+Every kernel that a preset launches, with bfloat16 operands, for compute capability 8.0 and 9.0. The
+launches are the library's own, on tensors without memory, and are compiled where they would run.
+"""
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from gdn2 import presets
+from gdn2.ops.contract import Operands
+from gdn2.ops.triton import launch
+
+TABLE = Path(__file__).with_suffix(".csv")
+COMPARED = "3.6"  # versions of Triton compile differently
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have
+FORMS = {  # decay, erase, write
+    "gdn2": ("channel", "channel", "channel"),
+    "kda": ("channel", "head", "head"),
+    "gated_deltanet": ("head", "head", "head"),
+}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Case(NamedTuple):
+    """A mixer's operator with `heads` heads and K = V channels, for a compute capability."""
+
+    mixer: str
+    heads: int
+    channels: int
+    capability: int
+
+
+class Row(NamedTuple):
+    mixer: str
+    heads: int
+    channels: int
+    capability: int
+    kernel: str
+    warps: int
+    registers: int
+    spills: int  # loads and stores of registers
+    shared: int  # bytes
+    wgmma: int
+    mma: int
+
+
+def cases() -> list[Case]:
+    models = [presets.load_preset(name).model for name in presets.PRESETS]
+    sizes = {
+        (mixer, model.num_heads, model.head_k_dim)
+        for model in models
+        for mixer in model.mixers
+        if mixer in FORMS
+    }
+    return [Case(*size, capability) for size in sorted(sizes) for capability in SHARED]
+
+
+def compile_case(case: Case) -> list[Row]:
+    """The kernels of a sequence and of a single token."""
+    H = case.heads
+    state = torch.empty(1, H, case.channels, case.channels, device="meta")
+    with mock.patch.object(launch, "capability", return_value=case.capability):
+        launches = record(lambda: launch.gated_delta_rule(operands(case, 4096), 1.0, state, None))
+        launches += record(lambda: launch.gated_delta_step(operands(case, 1), 1.0, state, None))
+    return [compile_launch(case, *one) for one in launches]
+
+
+def operands(case: Case, T: int) -> Operands:
+    def tensor(form: str | None, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        shape = (1, T, case.heads, case.channels)[: 3 if form == "head" else 4]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    decay, erase, write = FORMS[case.mixer]
+    q, k, v = (tensor("channel") for _ in range(3))
+    return Operands(q, k, v, tensor(decay, torch.float32), tensor(erase), tensor(write))
+
+
+def record(call: Callable[[], object]) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that `call` would launch, each with its arguments and options."""
+    launches = []
+
+    def run(kernel, *, grid, warmup, **arguments):
+        launches.append((kernel, arguments))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return launches
+
+
+def compile_launch(case: Case, kernel: Any, arguments: dict[str, Any]) -> Row:
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        x = arguments[name]
+        aligned = isinstance(x, torch.Tensor)
+        if parameter.is_constexpr or x is None:
+            signature[name], constants[name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = TYPES[x.dtype]
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            aligned = x % 16 == 0 and not parameter.do_not_specialize
+        if aligned and signature[name] != "constexpr":  # as the launcher finds it
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+    target = GPUTarget("cuda", case.capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = dump("--dump-resource-usage", file.name)
+        sass = dump("--dump-sass", file.name)
+    return Row(
+        *case,
+        kernel=kernel.__name__,
+        warps=options["num_warps"],
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spills=len(re.findall(r"\b(LDL|STL)\b", sass)),
+        shared=compiled.metadata.shared,
+        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        mma=len(re.findall(r"\bHMMA\b", sass)),
+    )
+
+
+def dump(what: str, file: str) -> str:
+    command = [TOOLS / "cuobjdump", what, file]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compile_all() -> list[Row]:
+    with ProcessPoolExecutor(2) as processes:
+        return [row for rows in processes.map(compile_case, cases()) for row in rows]
+
+
+def committed() -> list[Row]:
+    with TABLE.open(newline="") as file:
+        numbers = csv.DictReader(file)
+        return [Row(**{n: int(x) if x.isdigit() else x for n, x in r.items()}) for r in numbers]
+
+
+def main() -> int:
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: nothing compiles", file=sys.stderr)
+        return 2
+    rows = compile_all()
+    if "--write" in sys.argv:
+        with TABLE.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([Row._fields, *rows])
+        print(f"wrote {len(rows)} rows to {TABLE}")
+        return 0
+    compared = triton.__version__.startswith(COMPARED)
+    expected = committed() if compared else []
+    for row in rows:
+        print("  " if row in expected or not compared else "! ", *row)
+    print(f"Triton {triton.__version__}:", "compared" if compared else "not compared", len(rows))
+    return int(compared and rows != expected)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
