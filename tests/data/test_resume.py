@@ -20,6 +20,14 @@ pipeline.prepare([sys.argv[1]], sys.argv[2], vocab_size=400, workers=int(sys.arg
 """
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_not_ignored():
+    """A shell starts what runs in the background with it ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, make_texts):
     path = tmp_path_factory.mktemp("corpus") / "a.jsonl"
