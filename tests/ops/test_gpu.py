@@ -36,7 +36,7 @@ def test_equals_the_token_loop(decay, erase, write, layout, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_step_on_a_pool(backend):
     case = Case(B=3, T=2, K=16, V=16)
-    inputs = on_device(make_inputs(case))
+    inputs = on_device(make_inputs(case, dtype=torch.float32))
     pool = inputs.pop("state")
     indices = torch.tensor([2, -1, 0], dtype=torch.int32, device="cuda")
     out, _ = gated_delta_step(**inputs, state=pool, state_indices=indices, backend=backend)
