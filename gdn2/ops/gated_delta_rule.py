@@ -131,7 +131,7 @@ def gated_delta_step(
     check_state(state, q.shape[0] if state_indices is None else state.shape[0], x)
     name = resolve_backend(backend, x)
     run = step if name == "chunked" else _implementation(name)
-    out = run.gated_delta_step(x, float(scale), state, state_indices).to(q.dtype)
+    out = run.gated_delta_step(x, float(scale), state, state_indices)
     return (out.squeeze(1) if one_token else out), state
 
 

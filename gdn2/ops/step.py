@@ -5,50 +5,66 @@ cache; nothing else of its size is allocated.
 Axes: B batch, T time, H key heads, HV value heads, G = HV / H, K key channels, V value channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import Operands, in_parts, no_autocast, state_dtype
+from gdn2.ops.contract import Operands, in_parts, no_autocast
 
 _CACHED = 3 * 2**17  # numbers of the states that operations take turns on: a megabyte and a half
+
+
+Advance = Callable[[Operands, float, Tensor, Tensor | None], Tensor]
+
+
+def register_step(name: str, advance: Advance) -> Callable[..., Tensor]:
+    """Make `advance` (operands, scale, state, state_indices) the operator ``gdn2::name``.
+
+    It changes the state, and returns outputs [B, T, HV, V] in q's dtype. As
+    `torch.library.custom_op` does, without its 40 us a call: a step may take 100.
+    """
+
+    def step(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase: Tensor | None,
+        write: Tensor | None,
+        scale: float,
+        state: Tensor,
+        state_indices: Tensor | None,
+    ) -> Tensor:
+        return advance(Operands(q, k, v, log_decay, erase, write), scale, state, state_indices)
+
+    def fake(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
+        return v.new_empty(v.shape)
+
+    qualified = f"gdn2::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(step, mutates_args={"state"}))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", step)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.gdn2, name).default
 
 
 def gated_delta_step(
     x: Operands, scale: float, state: Tensor, state_indices: Tensor | None
 ) -> Tensor:
     """Advance `state` in place over the T tokens and return the outputs [B, T, HV, V]."""
-    return torch.ops.gdn2.gated_delta_step.default(*x, scale, state, state_indices)
+    return _step(*x, scale, state, state_indices)
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor | None,
-) -> Tensor:
-    x = Operands(q, k, v, log_decay, erase, write)
-    with no_autocast(q):
+def _advance_all(x: Operands, scale: float, state: Tensor, state_indices: Tensor | None) -> Tensor:
+    with no_autocast(x.q):
         if state_indices is None:
-            return _advance(x, scale, state)
-        return _advance_slots(x, scale, state, state_indices)
+            out = _advance(x, scale, state)
+        else:
+            out = _advance_slots(x, scale, state, state_indices)
+    return out.to(x.q.dtype)
 
 
-def _fake(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
-    return v.new_empty(v.shape, dtype=state_dtype(q.dtype))
-
-
-# As `torch.library.custom_op` does, without its 40 us a call: a step may take 100.
-_NAME = "gdn2::gated_delta_step"
-torch.library.define(_NAME, torch.library.infer_schema(_step, mutates_args={"state"}))
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _step)
-torch.library.register_fake(_NAME, _fake)
+_step = register_step("gated_delta_step", _advance_all)
 
 
 def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tensor) -> Tensor:

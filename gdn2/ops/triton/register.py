@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gdn2.ops import chunked
 from gdn2.ops.contract import Operands, check_no_tangent
+from gdn2.ops.step import register_step
 from gdn2.ops.triton import launch
 
 _log = logging.getLogger(__name__)
@@ -73,22 +74,4 @@ def _announce() -> None:
 _rule.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("gdn2::triton_gated_delta_step", mutates_args={"state"})
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    write: Tensor | None,
-    scale: float,
-    state: Tensor,
-    state_indices: Tensor | None,
-) -> Tensor:
-    x = Operands(q, k, v, log_decay, erase, write)
-    return launch.gated_delta_step(x, scale, state, state_indices)
-
-
-@_step.register_fake
-def _(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+_step = register_step("triton_gated_delta_step", launch.gated_delta_step)
