@@ -17,11 +17,13 @@ states are float32, or float64 for float64 inputs.
 Forward and backward are operators of `torch.library`: compilers see each as one node.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from gdn2.ops.chunk_schedule import Schedule, build_schedule, most_segment_starts
-from gdn2.ops.chunks import KeptChunks, Layout
+from gdn2.ops.chunk_schedule import Schedule, Segment, build_schedule, most_segment_starts
+from gdn2.ops.chunks import Chunks, KeptChunks, Layout
 from gdn2.ops.contract import (
     Operands,
     check_bounds,
@@ -67,7 +69,7 @@ def _forward(
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     S = layout.state_in(state, schedule, q.device)
     starts = _empty_starts(layout, q, cu_seqlens, keep)
-    chunks_of, kept = _kept_chunks(q.device)(schedule, layout, scale, q.device, keep=False), 0
+    chunks_of, kept = _chunks_of(schedule, layout, scale, q.device, keep=False), 0
     with no_autocast(q):
         for segment in schedule.segments:
             state = S[segment.sequences]
@@ -111,7 +113,7 @@ def _backward(
     grads = _empty_gradients(operands)
     dinputs, dvalues = layout.flat(grads), layout.values(dout)
     dS = layout.state_in(dstate, schedule, dout.device)
-    chunks_of = _kept_chunks(q.device)(schedule, layout, scale, q.device, keep=True)
+    chunks_of = _chunks_of(schedule, layout, scale, q.device, keep=True)
     kept = sum(segment.num_sequences for segment in schedule.segments)
     with no_autocast(dout):
         for segment in reversed(schedule.segments):
@@ -195,9 +197,12 @@ def _schedule(layout: Layout, q: Tensor, cu_seqlens: Tensor | None) -> Schedule:
     return build_schedule(bounds, **_sizes(layout, cu_seqlens), device=q.device)
 
 
-def _kept_chunks(device: torch.device) -> KeptChunks:
+def _chunks_of(
+    schedule: Schedule, layout: Layout, scale: float, device: torch.device, *, keep: bool
+) -> Callable[[Segment], Chunks]:
     """New ones on an accelerator, where work on the last call's buffers may still be queued."""
-    return _on_cpu if device.type == "cpu" else KeptChunks()
+    kept = _on_cpu if device.type == "cpu" else KeptChunks()
+    return kept(schedule, layout, scale, device, keep=keep)
 
 
 def _sizes(layout: Layout, cu_seqlens: Tensor | None) -> dict[str, int]:
