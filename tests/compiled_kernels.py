@@ -81,11 +81,11 @@ def cases() -> list[Case]:
 
 
 def compile_case(case: Case) -> list[Row]:
-    """The kernels of a sequence and of a single token."""
-    H = case.heads
+    """The kernels of a long sequence and of a single token."""
+    H, T = case.heads, 2**16
     state = torch.empty(1, H, case.channels, case.channels, device="meta")
     with mock.patch.object(launch, "capability", return_value=case.capability):
-        launches = record(lambda: launch.gated_delta_rule(operands(case, 4096), 1.0, state, None))
+        launches = record(lambda: launch.gated_delta_rule(operands(case, T), 1.0, state, None))
         launches += record(lambda: launch.gated_delta_step(operands(case, 1), 1.0, state, None))
     return [compile_launch(case, *one) for one in launches]
 
@@ -139,7 +139,7 @@ def compile_launch(case: Case, kernel: Any, arguments: dict[str, Any]) -> Row:
         sass = dump("--dump-sass", file.name)
     return Row(
         *case,
-        kernel=kernel.__name__,
+        kernel=kernel.__name__ + " of transfers" * arguments.get("TRANSFER", False),
         warps=options["num_warps"],
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=len(re.findall(r"\b(LDL|STL)\b", sass)),

@@ -36,7 +36,8 @@ pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(not interpreted(), reason="needs triton, and TRITON_INTERPRET=1"),
 ]
-C = sizes_of(16, torch.float32, INTERPRETER).C
+SIZES = sizes_of(16, torch.float32, INTERPRETER)
+C, L = SIZES.C, SIZES.L
 SMALL = {"K": 16, "V": 16}
 
 
@@ -73,10 +74,17 @@ def test_any_channels(decay, K, V):
     assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, (0, L + 2, 3 * L + 1, 3 * L + 5, 4 * L + 5)])
+@pytest.mark.parametrize(("decay", "erase"), [("channel", "channel"), ("head", None)])
+def test_long_sequences_are_scanned_in_segments(decay, erase, cu_seqlens):
+    case = Case(decay, erase, B=1, T=4 * L + 5, K=32, V=48, cu_seqlens=cu_seqlens)
+    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+
+
 @pytest.mark.parametrize("decay", ["channel", "head"])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_gates_stay_right(extreme, decay):
-    case = Case(decay, B=1, T=50, **SMALL)
+    case = Case(decay, B=1, T=L + 20, **SMALL)
     inputs = cast(extreme_inputs(extreme, case), torch.float32)
     truth = forward(cast(inputs, torch.float64), case, "reference")
     loop, got = forward(inputs, case, "reference"), forward(inputs, case)
@@ -125,7 +133,7 @@ def test_future_tokens_cannot_change_the_past(decay, erase, layout):
     case = Case(decay, erase, **LAYOUTS[layout], **SMALL)
     inputs = make_inputs(case, dtype=torch.float32)
     before = forward(inputs, case)["out"]
-    for P in (1, C - 2, C, C + 5):
+    for P in [P for P in (1, C - 2, C + 5, L + 3) if P < case.T]:
         other = make_inputs(case, seed=1, dtype=torch.float32)
         edited = {
             n: x if n == "state" else torch.cat([x[:, :P], other[n][:, P:]], 1)
@@ -138,14 +146,14 @@ def test_future_tokens_cannot_change_the_past(decay, erase, layout):
 
 @pytest.mark.parametrize("decay", ["channel", "head"])
 def test_appended_tokens_and_other_batches_change_no_bit(decay):
-    case = Case(decay, B=3, T=3 * C + 5, **SMALL)
+    case = Case(decay, B=3, T=2 * L + C + 5, **SMALL)
     inputs = make_inputs(case, dtype=torch.float32)
     whole = forward(inputs, case)["out"]
     one = {n: x[1:2] for n, x in inputs.items()}
     assert_same_bits(forward(one, case)["out"], whole[1:2], "alone")
-    T = C + 7
-    start = {n: x if n == "state" else x[:, :T] for n, x in one.items()}
-    assert_same_bits(forward(start, case)["out"], whole[1:2, :T], "appended")
+    for T in (C + 7, L, L + 1):
+        start = {n: x if n == "state" else x[:, :T] for n, x in one.items()}
+        assert_same_bits(forward(start, case)["out"], whole[1:2, :T], f"appended to {T}")
     # The same sequence as the second of a pack.
     packed = {n: torch.cat([x[:1], x[1:2]]) if n == "state" else x for n, x in inputs.items()}
     packed = {

@@ -8,95 +8,131 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.contract import Operands
+from gdn2.ops.triton.merge import merge
 from gdn2.ops.triton.prepare import prepare_under_channel_decay, prepare_under_head_decay
 from gdn2.ops.triton.scan import scan
-from gdn2.ops.triton.sizes import capability, sizes_of
+from gdn2.ops.triton.sizes import Sizes, capability, sizes_of
 from gdn2.ops.triton.step import step
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _STEP_BV = 32
 
 
-class Chunks(NamedTuple):
-    """Where chunks are: `most` of them at most, and of packed sequences the tables of `locate`."""
+class Pieces(NamedTuple):
+    """Pieces of L tokens of all sequences: at most `most`; of packs, the tables of `locate`."""
 
     most: int
-    chunk_sequence: Tensor | None
-    first_chunk: Tensor | None
+    sequence: Tensor | None
+    first: Tensor | None
 
     @classmethod
-    def of(cls, B: int, T: int, cu_seqlens: Tensor | None, C: int) -> "Chunks":
+    def of(cls, B: int, T: int, cu_seqlens: Tensor | None, L: int) -> "Pieces":
+        """Each sequence has at least one. The lengths are not looked at: they may be on a GPU."""
         if cu_seqlens is None:
-            return cls(B * triton.cdiv(T, C), None, None)
+            return cls(B * max(triton.cdiv(T, L), 1), None, None)
         N = len(cu_seqlens) - 1
-        most = triton.cdiv(T, C) + N  # at most: the lengths are not looked at
-        first_chunk = torch.zeros_like(cu_seqlens)
-        first_chunk[1:] = ((cu_seqlens.diff() + C - 1) // C).cumsum(0)
-        chunk = torch.arange(most, device=cu_seqlens.device)
-        chunk_sequence = torch.searchsorted(first_chunk, chunk, right=True).clamp(max=N) - 1
-        return cls(most, chunk_sequence, first_chunk)
+        most = T // L + N
+        first = torch.zeros_like(cu_seqlens)
+        first[1:] = ((cu_seqlens.diff() + L - 1) // L).clamp(min=1).cumsum(0)
+        piece = torch.arange(most, device=cu_seqlens.device)
+        sequence = torch.searchsorted(first, piece, right=True).clamp(max=N) - 1
+        return cls(most, sequence, first)
 
 
 def gated_delta_rule(
     x: Operands, scale: float, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """All chunks are prepared at once, then every sequence's are scanned in order."""
+    """All chunks are prepared at once; then every segment's are scanned in order."""
     (B, T, H, K), (HV, V) = x.q.shape, x.v.shape[2:]
     dtype, device = x.q.dtype, x.q.device
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    out = torch.empty(x.v.shape, dtype=dtype, device=device)
-    new_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=device)
     sizes = sizes_of(K, dtype, capability(device))
-    chunks = Chunks.of(B, T, cu_seqlens, sizes.C)
+    chunks = Pieces.of(B, T, cu_seqlens, sizes.C)
+    segments = Pieces.of(B, T, cu_seqlens, sizes.L)
     on_value_heads = any(g is not None and g.shape[2] != H for g in (x.log_decay, x.erase))
     P = HV if on_value_heads else H
     forms = _forms(x)
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(chunks.most, P, *shape, dtype=dtype, device=device)
-
-    C, f32 = sizes.C, torch.float32
-    under_channel_decay = forms["DECAY"] == 2
-    prepared: dict[str, Tensor | None] = dict.fromkeys(
-        ("erased_rows", "query_rows", "columns", "total", "prefix", "suffix")
-    )
-    prepared |= {"scores": empty(C, C), "inverse": empty(C, C) if forms["ERASE"] else None}
-    if under_channel_decay:
-        prepared |= {
-            "query_rows": empty(C, K),
-            "columns": empty(C, K),
-            "total": empty(K, dtype=f32),
-        }
-        prepared |= {"erased_rows": empty(C, K) if forms["ERASE"] else None}
-    elif forms["DECAY"]:
-        prepared |= {"prefix": empty(C, dtype=f32), "suffix": empty(C, dtype=f32)}
     arguments = {
         **_arguments(x),
         **forms,
-        **prepared,
-        **chunks._asdict(),
+        **_prepared(forms, (chunks.most, P), sizes.C, K, dtype, device),
         **sizes._asdict(),
         "cu_seqlens": cu_seqlens,
-        "state": None if state is None else state.contiguous(),
-        "out": out,
-        "new_state": new_state,
+        "chunk_sequence": chunks.sequence,
+        "first_chunk": chunks.first,
+        "segment_sequence": segments.sequence,
+        "first_segment": segments.first,
+        "starts": None if state is None else state.contiguous(),
+        "transfers": None,
+        "out": torch.empty(x.v.shape, dtype=dtype, device=device),
+        "new_state": torch.empty(N, HV, K, V, dtype=torch.float32, device=device),
         "T": T,
         "scale": scale,
         "P": P,
         "KP": triton.next_power_of_2(K),
         "BK": min(sizes.BK, K & -K),
         "BV": min(sizes.BV, triton.next_power_of_2(V)),
-        "LEVELS": C.bit_length() - 1,
-        "HAS_STATE": state is not None,
+        "LEVELS": sizes.C.bit_length() - 1,
+        "HAS_STARTS": state is not None,
+        "TRANSFER": False,
         "PACKED": cu_seqlens is not None,
         "DOT": _DOT[dtype],
-        "PRECISION": "tf32x3" if dtype == f32 else "tf32",
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
-    prepare = prepare_under_channel_decay if under_channel_decay else prepare_under_head_decay
+    channel = forms["DECAY"] == 2
+    prepare = prepare_under_channel_decay if channel else prepare_under_head_decay
     _launch(prepare, (chunks.most, P), arguments, sizes.prepare_warps)
-    programs = N * HV * triton.cdiv(V, arguments["BV"])
+    if sizes.L < T:
+        arguments |= _starts_of_segments(arguments, sizes, (N, segments.most))
+    programs = segments.most * HV * triton.cdiv(V, arguments["BV"])
     _launch(scan, (programs,), arguments, sizes.scan_warps, sizes.scan_stages)
-    return out, new_state
+    return arguments["out"], arguments["new_state"]
+
+
+def _prepared(
+    forms: dict[str, int],
+    rows: tuple[int, int],
+    C: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor | None]:
+    """Buffers for what the scan needs of chunks, P heads of each: those that a form has."""
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor | None:
+        return torch.empty(*rows, *shape, dtype=dtype, device=device) if wanted else None
+
+    channel, head, erase = forms["DECAY"] == 2, forms["DECAY"] == 1, forms["ERASE"] > 0
+    return {
+        "erased_rows": empty(channel and erase, C, K),
+        "query_rows": empty(channel, C, K),
+        "columns": empty(channel, C, K),
+        "total": empty(channel, K, dtype=torch.float32),
+        "prefix": empty(head, C, dtype=torch.float32),
+        "suffix": empty(head, C, dtype=torch.float32),
+        "inverse": empty(erase, C, C),
+        "scores": empty(True, C, C),
+    }
+
+
+def _starts_of_segments(
+    arguments: dict[str, Any], sizes: Sizes, counts: tuple[int, int]
+) -> dict[str, Any]:
+    """The states that segments start from, by what the segments before them do to a state."""
+    (N, segments), HV, K, V = counts, *(arguments[name] for name in ("HV", "K", "V"))
+    device, BV = arguments["out"].device, arguments["BV"]
+    transfers = torch.empty(segments, HV, K, V + K, dtype=torch.float32, device=device)
+    starts = torch.empty(segments, HV, K, V, dtype=torch.float32, device=device)
+    scanned = arguments | {"TRANSFER": True, "transfers": transfers}
+    programs = segments * HV * triton.cdiv(V + K, BV)
+    _launch(scan, (programs,), scanned, sizes.scan_warps, sizes.scan_stages)
+    merged = scanned | {
+        "state": arguments["starts"],
+        "starts": starts,
+        "HAS_STATE": arguments["HAS_STARTS"],
+    }
+    _launch(merge, (N * HV * triton.cdiv(V, BV),), merged, sizes.merge_warps)
+    return {"starts": starts, "HAS_STARTS": True}
 
 
 def gated_delta_step(

@@ -21,22 +21,7 @@ key channels, BK of them at a time.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def locate(
-    chunk, cu_seqlens, chunk_sequence, first_chunk, T, C: tl.constexpr, PACKED: tl.constexpr
-):
-    """The first token of a chunk, and how many tokens its sequence has from there on."""
-    if PACKED:
-        n = tl.load(chunk_sequence + chunk)
-        first = tl.load(cu_seqlens + n) + (chunk - tl.load(first_chunk + n)) * C
-        left = tl.load(cu_seqlens + n + 1) - first
-    else:
-        a_sequence = tl.cdiv(T, C)
-        i = chunk % a_sequence
-        first = (chunk // a_sequence) * T + i * C
-        left = T - i * C
-    return first.to(tl.int64), left
+from gdn2.ops.triton.layout import load_rows, locate
 
 
 @triton.jit
@@ -94,34 +79,32 @@ def prepare_under_channel_decay(
 ):
     chunk = tl.program_id(0)
     p = tl.program_id(1)
-    first, left = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, start, length, before = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = length - before
     if left <= 0:
         return
     r = tl.arange(0, C)
-    token = first + r
+    token = start + before + r
     live = (r < left)[:, None]
     prepared = (chunk.to(tl.int64) * P + p) * C + r  # rows of what is written
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
     for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
         c = first_channel + tl.arange(0, BK)
-        at_q = token[:, None] * q_stride + (p // (P // H) * K + c)[None, :]
-        at_k = token[:, None] * k_stride + (p // (P // H) * K + c)[None, :]
-        at_decay = (
-            token[:, None] * log_decay_stride + (p // (P // LOG_DECAY_HEADS) * K + c)[None, :]
-        )
-        query = tl.load(q + at_q, mask=live, other=0.0).to(tl.float32) * scale
-        key = tl.load(k + at_k, mask=live, other=0.0).to(tl.float32)
-        prefix = tl.exp(tl.load(log_decay + at_decay, mask=live, other=0.0).to(tl.float32))
+        at = p // (P // H) * K + c
+        query = load_rows(q, token, q_stride, at, live).to(tl.float32) * scale
+        key = load_rows(k, token, k_stride, at, live).to(tl.float32)
+        at = p // (P // LOG_DECAY_HEADS) * K + c
+        prefix = tl.exp(load_rows(log_decay, token, log_decay_stride, at, live).to(tl.float32))
         suffix = tl.full([C, BK], 1.0, tl.float32)
         if ERASE == 2:
-            at_erase = token[:, None] * erase_stride + (p // (P // ERASE_HEADS) * K + c)[None, :]
-            erased = key * tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)
+            at = p // (P // ERASE_HEADS) * K + c
+            erased = key * load_rows(erase, token, erase_stride, at, live).to(tl.float32)
         elif ERASE == 1:
-            at_erase = token * erase_stride + p // (P // ERASE_HEADS)
-            erased = (
-                key * tl.load(erase + at_erase, mask=r < left, other=0.0).to(tl.float32)[:, None]
+            gate = tl.load(
+                erase + token * erase_stride + p // (P // ERASE_HEADS), mask=r < left, other=0.0
             )
+            erased = key * gate.to(tl.float32)[:, None]
         a_qk += tl.where(r[:, None] == r[None, :], tl.sum(query * key, 1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, loop_unroll_factor=1):
             block = r >> level
@@ -188,25 +171,25 @@ def prepare_under_head_decay(
     """DECAY 1: one decay a head; 0: none."""
     chunk = tl.program_id(0)
     p = tl.program_id(1)
-    first, left = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, start, length, before = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = length - before
     if left <= 0:
         return
     r = tl.arange(0, C)
-    token = first + r
+    token = start + before + r
     live = r < left
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
     for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
         c = first_channel + tl.arange(0, BK)
-        at_q = token[:, None] * q_stride + (p // (P // H) * K + c)[None, :]
-        at_k = token[:, None] * k_stride + (p // (P // H) * K + c)[None, :]
-        key = tl.load(k + at_k, mask=live[:, None], other=0.0)
+        at = p // (P // H) * K + c
+        key = load_rows(k, token, k_stride, at, live[:, None])
         keys = tl.trans(key)
-        query = tl.load(q + at_q, mask=live[:, None], other=0.0)
+        query = load_rows(q, token, q_stride, at, live[:, None])
         a_qk = tl.dot(query, keys, acc=a_qk, input_precision=PRECISION)
         if ERASE == 2:
-            at_erase = token[:, None] * erase_stride + (p // (P // ERASE_HEADS) * K + c)[None, :]
-            gate = tl.load(erase + at_erase, mask=live[:, None], other=0.0).to(tl.float32)
+            at = p // (P // ERASE_HEADS) * K + c
+            gate = load_rows(erase, token, erase_stride, at, live[:, None]).to(tl.float32)
             erased = (key.to(tl.float32) * gate).to(DOT)
             t = tl.dot(erased, keys, acc=t, input_precision=PRECISION)
         elif ERASE == 1:

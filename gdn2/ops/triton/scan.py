@@ -1,12 +1,17 @@
 """The scan over a sequence's chunks: outputs and states (Eqs. 23-25).
 
-One program a value head and block of value channels; it holds its part of the state, [K, BV] in
-float32, and goes from chunk to chunk:
+One program a segment of a sequence, value head and block of value channels; it holds its part of
+the state, [K, BV] in float32, and goes from chunk to chunk:
 
     X = Z - E S        R = inverse X        O = Q S + scores R        S = D S + K~^T R
 
 Without an erase gate R = Z. Under decay per head (or none) E, Q and K~ are the operands' own rows
 and columns, and the decay scales rows of the products instead.
+
+Segments of L tokens are scanned at the same time, each from its own starting state. Where a
+sequence is longer than one, these come from an earlier launch, TRANSFER, and from `merge`: a
+segment maps a state S to M S + N, and the same scan finds both, N from a state of zeros and M from
+the identity with Z = 0, as V + K columns of one state.
 
 Axes: C tokens a chunk, HV value heads, P heads of prepared chunks, K key channels (KP: the next
 power of two), V value channels, BV of them a program.
@@ -14,6 +19,8 @@ power of two), V value channels, BV of them a program.
 
 import triton
 import triton.language as tl
+
+from gdn2.ops.triton.layout import load_rows, locate
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -31,11 +38,14 @@ def scan(
     suffix,
     inverse,
     scores,
-    state,
+    starts,
     out,
     new_state,
+    transfers,
     cu_seqlens,
     first_chunk,
+    segment_sequence,
+    first_segment,
     T,
     scale,
     q_stride,
@@ -51,103 +61,105 @@ def scan(
     KP: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    L: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
     ERASE: tl.constexpr,
     WRITE: tl.constexpr,
-    HAS_STATE: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    TRANSFER: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(V, BV)  # neighbours, which read the same rows
+    columns_of_state: tl.constexpr = V + K if TRANSFER else V
+    blocks: tl.constexpr = tl.cdiv(columns_of_state, BV)  # neighbours, which read the same rows
     block = tl.program_id(0) % blocks
     hv = tl.program_id(0) // blocks % HV
-    n = (tl.program_id(0) // blocks // HV).to(tl.int64)
+    segment = tl.program_id(0) // blocks // HV
     p = hv // (HV // P)
-    if PACKED:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
-        chunk_0 = tl.load(first_chunk + n).to(tl.int64)
-    else:
-        start = n * T
-        length = T
-        chunk_0 = n * tl.cdiv(T, C)
+    n, start, length, before = locate(
+        segment, cu_seqlens, segment_sequence, first_segment, T, L, PACKED
+    )
+    last = before + L >= length
+    # Nothing follows a sequence's last segment; surplus ones of a pack are empty.
+    if last if TRANSFER else (before > 0) & (before >= length):
+        return
+    chunk_0 = (tl.load(first_chunk + n).to(tl.int64) if PACKED else n * tl.cdiv(T, C)) + before // C
+    start += before
+    length -= before
     r = tl.arange(0, C)
     kc = tl.arange(0, KP)
     vc = block * BV + tl.arange(0, BV)
     k_in = kc < K
     v_in = vc < V
-    at_state = ((n * HV + hv) * K + kc)[:, None] * V + vc[None, :]
-    state_in = k_in[:, None] & v_in[None, :]
-    if HAS_STATE:
-        S = tl.load(state + at_state, mask=state_in, other=0.0)
+    state_in = k_in[:, None] & (vc < columns_of_state)[None, :]
+    at_segment = ((segment.to(tl.int64) * HV + hv) * K + kc)[:, None] * columns_of_state
+    if TRANSFER:
+        S = tl.where(kc[:, None] == (vc - V)[None, :], 1.0, 0.0)
+    elif HAS_STARTS:
+        S = tl.load(starts + at_segment + vc[None, :], mask=state_in, other=0.0)
     else:
         S = tl.zeros([KP, BV], tl.float32)
-    for i in tl.range(0, tl.cdiv(length, C)):
+    for i in tl.range(0, tl.cdiv(tl.minimum(length, L), C)):
         token = start + i * C + r
         live = r < length - i * C
         prepared = ((chunk_0 + i) * P + p) * C + r
         in_chunk = prepared[:, None] * C + r[None, :]
-        at_v = token[:, None] * v_stride + (hv * V + vc)[None, :]
         z_in = live[:, None] & v_in[None, :]
-        z = tl.load(v + at_v, mask=z_in, other=0.0).to(tl.float32)
+        z = load_rows(v, token, v_stride, hv * V + vc, z_in).to(tl.float32)
         if WRITE == 2:
-            at_write = token[:, None] * write_stride + (hv * V + vc)[None, :]
-            z *= tl.load(write + at_write, mask=z_in, other=0.0).to(tl.float32)
+            z *= load_rows(write, token, write_stride, hv * V + vc, z_in).to(tl.float32)
         elif WRITE == 1:
             at_write = token * write_stride + hv
             z *= tl.load(write + at_write, mask=live, other=0.0).to(tl.float32)[:, None]
         S_read = S.to(DOT)
         if DECAY == 2:
-            at_rows = prepared[:, None] * K + kc[None, :]
-            keys = tl.load(columns + at_rows, mask=k_in[None, :], other=0.0)
-            queries = tl.load(query_rows + at_rows, mask=k_in[None, :], other=0.0)
-            o = tl.dot(queries, S_read, input_precision=PRECISION)
+            rows_in = k_in[None, :]
+            keys = load_rows(columns, prepared, K, kc, rows_in)
             if ERASE:
-                erased = tl.load(erased_rows + at_rows, mask=k_in[None, :], other=0.0)
+                erased = load_rows(erased_rows, prepared, K, kc, rows_in)
                 z -= tl.dot(erased, S_read, input_precision=PRECISION)
         else:
             rows_in = live[:, None] & k_in[None, :]
-            head = hv // (HV // H)
-            keys = tl.load(
-                k + token[:, None] * k_stride + (head * K + kc)[None, :], mask=rows_in, other=0.0
-            )
-            queries = tl.load(
-                q + token[:, None] * q_stride + (head * K + kc)[None, :], mask=rows_in, other=0.0
-            )
-            o = tl.dot(queries, S_read, input_precision=PRECISION) * scale
+            keys = load_rows(k, token, k_stride, hv // (HV // H) * K + kc, rows_in)
             if DECAY == 1:
-                before = tl.load(prefix + prepared)
-                o *= before[:, None]
+                decay = tl.load(prefix + prepared)[:, None]
             if ERASE == 2:
-                at_erase = (
-                    token[:, None] * erase_stride + (hv // (HV // ERASE_HEADS) * K + kc)[None, :]
-                )
-                gate = tl.load(erase + at_erase, mask=rows_in, other=0.0).to(tl.float32)
-                read = tl.dot(
-                    (keys.to(tl.float32) * gate).to(DOT), S_read, input_precision=PRECISION
-                )
+                at = hv // (HV // ERASE_HEADS) * K + kc
+                gate = load_rows(erase, token, erase_stride, at, rows_in).to(tl.float32)
+                erased = (keys.to(tl.float32) * gate).to(DOT)
+                read = tl.dot(erased, S_read, input_precision=PRECISION)
             elif ERASE == 1:
                 at_erase = token * erase_stride + hv // (HV // ERASE_HEADS)
                 gate = tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)
                 read = tl.dot(keys, S_read, input_precision=PRECISION) * gate[:, None]
             if ERASE:
-                z -= read * before[:, None] if DECAY == 1 else read
+                z -= read * decay if DECAY == 1 else read
         if ERASE:
             R = tl.dot(tl.load(inverse + in_chunk), z.to(DOT), input_precision=PRECISION)
         else:
             R = z
-        o = tl.dot(tl.load(scores + in_chunk), R.to(DOT), acc=o, input_precision=PRECISION)
-        tl.store(
-            out + token[:, None] * (HV * V) + (hv * V + vc)[None, :],
-            o.to(out.dtype.element_ty),
-            mask=z_in,
-        )
+        if not TRANSFER:
+            if DECAY == 2:
+                queries = load_rows(query_rows, prepared, K, kc, rows_in)
+                o = tl.dot(queries, S_read, input_precision=PRECISION)
+            else:
+                queries = load_rows(q, token, q_stride, hv // (HV // H) * K + kc, rows_in)
+                o = tl.dot(queries, S_read, input_precision=PRECISION) * scale
+                if DECAY == 1:
+                    o *= decay
+            o = tl.dot(tl.load(scores + in_chunk), R.to(DOT), acc=o, input_precision=PRECISION)
+            at_out = token[:, None] * (HV * V) + (hv * V + vc)[None, :]
+            tl.store(out + at_out, o.to(out.dtype.element_ty), mask=z_in)
         if DECAY == 2:
             S *= tl.load(total + ((chunk_0 + i) * P + p) * K + kc, mask=k_in, other=0.0)[:, None]
         elif DECAY == 1:
             R *= tl.load(suffix + prepared)[:, None]
             S *= tl.load(prefix + ((chunk_0 + i) * P + p) * C + C - 1)
         S = tl.dot(tl.trans(keys), R.to(DOT), acc=S, input_precision=PRECISION)
-    tl.store(new_state + at_state, S, mask=state_in)
+    if TRANSFER:
+        tl.store(transfers + at_segment + vc[None, :], S, mask=state_in)
+    elif last:
+        at_state = ((n * HV + hv) * K + kc)[:, None] * V + vc[None, :]
+        tl.store(new_state + at_state, S, mask=state_in)

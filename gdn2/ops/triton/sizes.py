@@ -14,28 +14,33 @@ INTERPRETER = 0  # compute capability of the CPU
 
 
 class Sizes(NamedTuple):
-    """C tokens a chunk; BK key channels at a time to prepare; BV value channels of one scan."""
+    """C tokens a chunk; BK key channels at a time to prepare; BV value channels of one scan.
+
+    Segments of L tokens, a multiple of C, are scanned at the same time.
+    """
 
     C: int
+    L: int
     BK: int
     prepare_warps: int
     BV: int
     scan_warps: int
     scan_stages: int
+    merge_warps: int
 
 
 TABLE = {  # (least compute capability * 10, bytes of an operand, most key channels)
-    (90, 2, 64): Sizes(64, 32, 8, 64, 4, 2),
-    (90, 2, 128): Sizes(64, 32, 8, 64, 8, 2),
-    (90, 2, 256): Sizes(32, 32, 4, 16, 4, 1),
-    (90, 4, 64): Sizes(32, 16, 4, 16, 4, 1),
-    (90, 4, 256): Sizes(16, 16, 4, 32, 8, 1),
-    (80, 2, 128): Sizes(32, 32, 4, 32, 4, 2),
-    (80, 2, 256): Sizes(32, 32, 4, 16, 4, 1),
-    (80, 4, 64): Sizes(32, 16, 4, 16, 4, 1),
-    (80, 4, 256): Sizes(16, 16, 4, 16, 4, 1),
-    (INTERPRETER, 2, 256): Sizes(16, 16, 4, 32, 4, 1),
-    (INTERPRETER, 4, 256): Sizes(16, 16, 4, 32, 4, 1),
+    (90, 2, 64): Sizes(64, 8192, 32, 8, 64, 4, 2, 8),
+    (90, 2, 128): Sizes(64, 8192, 32, 8, 64, 8, 2, 8),
+    (90, 2, 256): Sizes(32, 8192, 32, 4, 16, 4, 1, 8),
+    (90, 4, 64): Sizes(32, 8192, 16, 4, 16, 4, 1, 8),
+    (90, 4, 256): Sizes(16, 8192, 16, 4, 32, 8, 1, 8),
+    (80, 2, 128): Sizes(32, 8192, 32, 4, 32, 4, 2, 8),
+    (80, 2, 256): Sizes(32, 8192, 32, 4, 16, 4, 1, 8),
+    (80, 4, 64): Sizes(32, 8192, 16, 4, 16, 4, 1, 8),
+    (80, 4, 256): Sizes(16, 8192, 16, 4, 16, 4, 1, 8),
+    (INTERPRETER, 2, 256): Sizes(16, 64, 16, 4, 32, 4, 1, 4),
+    (INTERPRETER, 4, 256): Sizes(16, 64, 16, 4, 32, 4, 1, 4),
 }
 
 
