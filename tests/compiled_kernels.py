@@ -87,6 +87,11 @@ def compile_case(case: Case) -> list[Row]:
     with mock.patch.object(launch, "capability", return_value=case.capability):
         launches = record(lambda: launch.gated_delta_rule(operands(case, T), 1.0, state, None))
         launches += record(lambda: launch.gated_delta_step(operands(case, 1), 1.0, state, None))
+    x, weight, last = (
+        torch.empty(1, *shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((1, H * case.channels), (H * case.channels, 4), (H * case.channels, 3))
+    )
+    launches += record(lambda: launch.causal_conv_step(x, weight[0], None, True, last, None))
     return [compile_launch(case, *one) for one in launches]
 
 

@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution over sequences, and one token of it for decoding.
+"""Short causal depthwise convolution over sequences, and a few tokens of it for decoding.
 
 Axes: B batch, T time, D channels, W taps (the last one meets the current token), N sequences, which
 lie one after the other along the tokens: M = B T or, packed, T. R are those first W - 1 tokens of
@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops.contract import check_boundaries, check_first_order, check_no_tangent
+from gdn2.ops.backends import resolve_backend, triton_operators
+from gdn2.ops.contract import (
+    check_boundaries,
+    check_first_order,
+    check_no_tangent,
+    check_state_indices,
+)
 
 ACTIVATIONS = (None, "silu")
 
@@ -72,27 +78,75 @@ def causal_conv_step(
     *,
     activation: str | None = "silu",
     state: Tensor,
+    state_indices: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `causal_conv`: x ``[B, D]``; state ``[B, D, W - 1]`` is updated in place.
+    """Go on with `causal_conv` by one token, or by a few; no autograd.
+
+    Args:
+        x: ``[B, D]``, or ``[B, T, D]``.
+        weight, bias, activation: as in `causal_conv`.
+        state: ``[B, D, W - 1]``, updated in place; with `state_indices` a pool
+            ``[slots, D, W - 1]``.
+        state_indices: as in `gated_delta_step`.
+        backend: "triton" for its kernel. All others: PyTorch.
 
     Returns:
-        ``(y, state)``: ``[B, D]`` in x's dtype and the given state.
+        ``(y, state)``: of x's shape and dtype, and the given state.
 
     Raises:
-        ValueError: a shape or the activation breaks the contract.
+        ValueError: a shape or the activation breaks the contract. RuntimeError: a gradient is
+            asked for. NotImplementedError: the backend that is named can not serve the call.
     """
-    if x.ndim != 2 or weight.shape[:1] != x.shape[1:] or weight.ndim != 2:
-        raise ValueError(
-            f"x and weight must be [B, D] and [D, W], got {list(x.shape)}, {list(weight.shape)}"
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, state)
+    ):
+        raise RuntimeError(
+            "causal_conv_step updates the state in place and has no gradient: "
+            "call causal_conv, or decode under torch.no_grad()"
         )
-    _check(weight, x.shape[0], bias, activation, state)
-    window = torch.cat([state, x.unsqueeze(-1).to(state.dtype)], dim=-1)  # [B, D, W]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = (window.to(dtype) * weight.to(dtype)).sum(-1)
+    if x.ndim not in (2, 3) or weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            "x and weight must be [B, D] or [B, T, D] and [D, W], got "
+            f"{list(x.shape)}, {list(weight.shape)}"
+        )
+    if state_indices is not None:
+        check_state_indices(state_indices, x)
+    _check(weight, len(x if state_indices is None else state), bias, activation, state)
+    if x.numel() == 0:
+        return x.clone(), state
+    if resolve_backend(backend, x) == "triton":
+        tokens = x.unsqueeze(1) if x.ndim == 2 else x
+        run = triton_operators().causal_conv_step
+        y = run(tokens, weight, bias, activation == "silu", state, state_indices).view(x.shape)
+    elif state_indices is None:
+        y = _advance(x, weight, bias, activation, state)
+    else:
+        live = (state_indices >= 0).nonzero().squeeze(1)
+        slots = state_indices[live].long()
+        rows, y = state[slots], torch.zeros_like(x)
+        y[live] = _advance(x[live], weight, bias, activation, rows)
+        state[slots] = rows
+    return y, state
+
+
+def _advance(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor
+) -> Tensor:
+    new, dtype = (
+        x.unsqueeze(2) if x.ndim == 2 else x.mT,
+        torch.promote_types(x.dtype, torch.float32),
+    )
+    seen = torch.cat([state, new.to(state.dtype)], dim=-1)  # [B, D, W - 1 + T]
+    if x.ndim == 2:
+        y = (seen.to(dtype) * weight.to(dtype)).sum(-1)
+    else:
+        windows = seen.to(dtype).unfold(2, weight.shape[1], 1)  # [B, D, T, W]
+        y = (windows * weight.to(dtype).unsqueeze(1)).sum(-1).mT
     y = y if bias is None else y + bias.to(dtype)
     y = F.silu(y) if activation == "silu" else y
-    state.copy_(window[..., 1:])
-    return y.to(x.dtype), state
+    state.copy_(seen[..., new.shape[2] :])
+    return y.to(x.dtype)
 
 
 def _check(

@@ -130,15 +130,15 @@ def check_state(state: Tensor, slots: int, x: Operands) -> None:
     _check_device("state", state, x.q)
 
 
-def check_state_indices(state_indices: Tensor, x: Operands) -> None:
-    """Raise ValueError unless `state_indices` holds one integer a batch row."""
-    B = x.q.shape[0]
+def check_state_indices(state_indices: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless `state_indices` holds one integer for each row of x."""
+    B = x.shape[0]
     if list(state_indices.shape) != [B] or state_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"state_indices must be [B] = [{B}] int32 or int64, got "
             f"{list(state_indices.shape)} {state_indices.dtype}"
         )
-    _check_device("state_indices", state_indices, x.q)
+    _check_device("state_indices", state_indices, x)
 
 
 def check_first_order() -> None:

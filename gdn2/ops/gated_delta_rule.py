@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gdn2.ops import chunked, reference, step, triton
+from gdn2.ops import chunked, reference, step
+from gdn2.ops.backends import resolve_backend, triton_operators
 from gdn2.ops.contract import (
     Operands,
     check_boundaries,
@@ -18,7 +19,6 @@ from gdn2.ops.contract import (
     check_state_indices,
 )
 
-BACKENDS = ("chunked", "reference", "triton")
 MAX_STEP_TOKENS = 16
 
 
@@ -127,7 +127,7 @@ def gated_delta_step(
             "use gated_delta_rule"
         )
     if state_indices is not None:
-        check_state_indices(state_indices, x)
+        check_state_indices(state_indices, q)
     check_state(state, q.shape[0] if state_indices is None else state.shape[0], x)
     name = resolve_backend(backend, x)
     run = step if name == "chunked" else _implementation(name)
@@ -135,22 +135,5 @@ def gated_delta_step(
     return (out.squeeze(1) if one_token else out), state
 
 
-def resolve_backend(request: str | None, x: Operands) -> str:
-    """Name the backend that serves a call; a named request is returned or refused, never replaced.
-
-    Raises:
-        ValueError: the name is unknown. NotImplementedError: that backend can not serve the call.
-    """
-    if request not in (None, *BACKENDS):
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {request!r}")
-    if request == "triton" and (reason := triton.problem(x)):
-        raise NotImplementedError(f"backend='triton' {reason}; the others can serve this call")
-    return request or "chunked"
-
-
 def _implementation(name: str) -> ModuleType:
-    if name == "reference":
-        return reference
-    from gdn2.ops.triton import register  # not before: only this needs triton
-
-    return register
+    return reference if name == "reference" else triton_operators()

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.contract import Operands, in_parts, no_autocast
+from gdn2.ops.library import register_step
 
 _CACHED = 3 * 2**17  # numbers of the states that operations take turns on: a megabyte and a half
-
-
 Advance = Callable[[Operands, float, Tensor, Tensor | None], Tensor]
 
 
-def register_step(name: str, advance: Advance) -> Callable[..., Tensor]:
+def register_advance(name: str, advance: Advance) -> Callable[..., Tensor]:
     """Make `advance` (operands, scale, state, state_indices) the operator ``gdn2::name``.
 
-    It changes the state, and returns outputs [B, T, HV, V] in q's dtype. As
-    `torch.library.custom_op` does, without its 40 us a call: a step may take 100.
+    It changes the state, and returns outputs [B, T, HV, V] in q's dtype.
     """
 
     def step(
@@ -41,11 +39,7 @@ def register_step(name: str, advance: Advance) -> Callable[..., Tensor]:
     def fake(q, k, v, log_decay, erase, write, scale, state, state_indices):  # noqa: ARG001
         return v.new_empty(v.shape)
 
-    qualified = f"gdn2::{name}"
-    torch.library.define(qualified, torch.library.infer_schema(step, mutates_args={"state"}))
-    torch.library.impl(qualified, "CompositeExplicitAutograd", step)
-    torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.gdn2, name).default
+    return register_step(name, step, fake)
 
 
 def gated_delta_step(
@@ -64,7 +58,7 @@ def _advance_all(x: Operands, scale: float, state: Tensor, state_indices: Tensor
     return out.to(x.q.dtype)
 
 
-_step = register_step("gated_delta_step", _advance_all)
+_step = register_advance("gated_delta_step", _advance_all)
 
 
 def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tensor) -> Tensor:

@@ -112,6 +112,28 @@ def test_step_equals_sequence():
     assert torch.equal(state, last)
 
 
+@pytest.mark.parametrize("T", [0, 1, 2, 7])
+@pytest.mark.parametrize("W", [1, 2, 4])
+def test_step_of_a_few_tokens_on_a_pool(T, W):
+    x, weight, bias = make(3, T, 5, W)
+    pool = torch.randn(6, 5, W - 1, dtype=x.dtype)
+    before, indices = pool.clone(), torch.tensor([4, -1, 1], dtype=torch.int32)
+    y, same = causal_conv_step(x, weight, bias, state=pool, state_indices=indices)
+    assert same is pool
+    assert not y[1].any()
+    for row, slot in ((0, 4), (2, 1)):
+        truth, state = causal_conv(x[row, None], weight, bias, state=before[slot, None])
+        torch.testing.assert_close(y[row, None], truth, rtol=1e-13, atol=1e-13)
+        assert torch.equal(pool[slot, None], state)
+    assert torch.equal(pool[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+
+
+def test_step_has_no_gradient():
+    x, weight, bias = make(2, 1, 4, 4)
+    with pytest.raises(RuntimeError, match=r"causal_conv_step .* has no gradient"):
+        causal_conv_step(x, weight.requires_grad_(), bias, state=torch.zeros(2, 4, 3).double())
+
+
 def test_half_precision_is_summed_in_float32():
     x, weight, bias = make(1, 50, 8, 4, dtype=torch.bfloat16)
     y, state = causal_conv(x, weight, bias)
@@ -135,3 +157,17 @@ def test_broken_contract_is_named(change, message):
     arguments = {"x": torch.zeros(2, 8, 4), "weight": torch.zeros(4, 4), **change}
     with pytest.raises(ValueError, match=message):
         causal_conv(**arguments)
+
+
+def test_broken_contract_of_a_step_is_named():
+    x, weight, bias = make(2, 1, 4, 4)
+    state = torch.zeros(2, 4, 3).double()
+    for change, message in (
+        ({"state": state[:1]}, r"state must be \[N, D, W - 1\] = \[2, 4, 3\]"),
+        ({"state_indices": torch.zeros(3, dtype=torch.int32)}, r"state_indices must be \[B\]"),
+        ({"x": x[..., :3]}, r"x and weight must be \[B, D\] or \[B, T, D\]"),
+        ({"backend": "cuda"}, "backend must be None or one of"),
+    ):
+        arguments = {"x": x, "weight": weight, "bias": bias, "state": state, **change}
+        with pytest.raises(ValueError, match=message):
+            causal_conv_step(**arguments)

@@ -24,7 +24,7 @@ from operator_cases import (
     run,
 )
 
-from gdn2.ops import gated_delta_rule, gated_delta_step
+from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step
 from gdn2.ops.triton.sizes import INTERPRETER, sizes_of
 
 
@@ -245,6 +245,32 @@ def test_step_on_a_pool_touches_only_its_slots(index_dtype):
         assert_same_bits(states[[0, 2, 3, 5]], before[[0, 2, 3, 5]], "others")
 
 
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize(("T", "W", "D"), [(1, 4, 130), (3, 4, 20), (7, 2, 20), (2, 1, 20)])
+def test_conv_step_equals_the_convolution(T, W, D, activation):
+    x, pool, weight = torch.randn(3, T, D), torch.randn(6, D, W - 1), torch.randn(D, W)
+    bias = torch.randn(D) if activation else None
+    step = partial(causal_conv_step, weight=weight, bias=bias, activation=activation)
+    for states in (pool, pool.transpose(1, 2).contiguous().transpose(1, 2)):
+        for indices in (None, torch.tensor([4, -1, 1])):
+            mine, theirs = (states[: 3 if indices is None else 6].clone() for _ in range(2))
+            y, _ = step(x, state=mine, state_indices=indices, backend="triton")
+            want, _ = step(x, state=theirs, state_indices=indices)
+            torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
+            assert_same_bits(mine, theirs, "state")
+
+
+def test_conv_step_reads_strided_inputs_and_half_precision():
+    wide = torch.randn(2, 2, 48).half()
+    x, weight, state = wide[..., 16:32], torch.randn(16, 4), torch.randn(2, 16, 3).half()
+    states = [state.clone() for _ in range(2)]
+    y, _ = causal_conv_step(x, weight, state=states[0], backend="triton")
+    want, _ = causal_conv_step(x, weight, state=states[1])
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, want, rtol=2**-10, atol=1e-6)
+    assert_same_bits(*states, "state")
+
+
 def test_registered_operators_pass_opcheck():
     inputs = make_inputs(Case(B=1, T=C, **SMALL), dtype=torch.float32)
     state = inputs.pop("state")
@@ -256,6 +282,10 @@ def test_registered_operators_pass_opcheck():
     detached = tuple(x.detach()[:, :1] for x in operands)
     torch.library.opcheck(
         torch.ops.gdn2.triton_gated_delta_step.default, (*detached, 1.0, state, None)
+    )
+    x, weight, state = torch.randn(2, 1, 16), torch.randn(16, 4), torch.randn(2, 16, 3)
+    torch.library.opcheck(
+        torch.ops.gdn2.triton_causal_conv_step.default, (x, weight, None, True, state, None)
     )
 
 

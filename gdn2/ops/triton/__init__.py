@@ -1,8 +1,9 @@
-"""The gated delta rule in Triton; `problem` says, without importing that, what it can not serve."""
+"""The operators in Triton; `problem` says, without importing that, what it can not serve."""
 
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from gdn2.ops.contract import Operands
 
@@ -10,16 +11,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 256  # key or value channels that one program holds
 
 
-def problem(x: Operands) -> str | None:
+def problem(x: Operands | Tensor) -> str | None:
     """What the kernels can not do about a call; None if they can serve it."""
-    q, V = x.q, x.v.shape[-1]
-    K = q.shape[-1]
+    q = x.q if isinstance(x, Operands) else x
     if find_spec("triton") is None:
         return "needs triton (pip install 'gdn2[triton]')"
     if q.dtype not in DTYPES:
         return f"takes float32, float16 and bfloat16, got {q.dtype}"
-    if K % 16 or V % 16 or max(K, V) > LARGEST:
-        return f"needs K and V that are multiples of 16 up to {LARGEST}, got K={K}, V={V}"
+    if isinstance(x, Operands):
+        K, V = q.shape[-1], x.v.shape[-1]
+        if K % 16 or V % 16 or max(K, V) > LARGEST:
+            return f"needs K and V that are multiples of 16 up to {LARGEST}, got K={K}, V={V}"
     if q.device.type == "cuda":
         old = torch.cuda.get_device_capability(q.device) < (8, 0)
         return "needs compute capability 8.0 (A100) or newer" if old else None

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.contract import Operands
+from gdn2.ops.triton.conv_step import conv_step
 from gdn2.ops.triton.merge import merge
 from gdn2.ops.triton.prepare import prepare_under_channel_decay, prepare_under_head_decay
 from gdn2.ops.triton.scan import scan
@@ -16,6 +17,7 @@ from gdn2.ops.triton.step import step
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _STEP_BV = 32
+_CONV_BD = 128
 
 
 class Pieces(NamedTuple):
@@ -159,6 +161,40 @@ def gated_delta_step(
     if states is not state:
         state.copy_(states)
     return out
+
+
+def causal_conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor,
+    state_indices: Tensor | None,
+) -> Tensor:
+    """Outputs for x [B, T, D]; `state` is updated in place, as in `gated_delta_step`."""
+    (B, T, D), W = x.shape, weight.shape[1]
+    rows, states = _rows(x), state.contiguous()
+    arguments = {
+        "x": rows,
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "state": states,
+        "state_indices": state_indices,
+        "out": torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        "T": T,
+        "x_stride": rows.stride(1),
+        "D": D,
+        "W": W,
+        "WP": triton.next_power_of_2(W),
+        "BD": _CONV_BD,
+        "SILU": silu,
+        "HAS_BIAS": bias is not None,
+        "INDEXED": state_indices is not None,
+    }
+    _launch(conv_step, (B * triton.cdiv(D, _CONV_BD),), arguments, warps=4)
+    if states is not state:
+        state.copy_(states)
+    return arguments["out"]
 
 
 def _launch(
