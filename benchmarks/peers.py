@@ -1,8 +1,8 @@
-"""Other projects' plain PyTorch forms of the operator, under one signature.
+"""Other projects' forms of the operator, in plain PyTorch and for a GPU, under one signature.
 
 Each takes q, k, v, log_decay, erase, write of a member of the family and returns the outputs, with
-the read scaled by ``K^-0.5``. `make peers` installs flash-linear-attention; its files are loaded by
-location, because the package's own imports may want a GPU.
+the read scaled by ``K^-0.5``. `make peers` installs flash-linear-attention; its plain files are
+loaded by location, because the package's own imports may want a GPU.
 """
 
 import importlib.metadata
@@ -25,6 +25,29 @@ def load_peers(member: str) -> dict[str, Rule]:
         except ImportError:
             continue
     return rules
+
+
+def load_kernels(member: str) -> dict[str, Rule]:
+    """flash-linear-attention's kernels for a GPU; empty if it is not installed."""
+    operator = {"gated_deltanet": "gated_delta_rule"}.get(member, member)
+    gates = _untied if member == "gdn2" else _tied
+    try:
+        version = importlib.metadata.version("fla-core")
+        module = importlib.import_module(f"fla.ops.{operator}")
+    except ImportError:
+        return {}
+    name = f"chunk_{operator}"
+    return {f"fla {version} {name}": gates(getattr(module, name))}
+
+
+def load_step_kernel() -> dict[str, Callable]:
+    """flash-linear-attention's decoding kernel of GDN-2, as it is; empty if not installed."""
+    try:
+        version = importlib.metadata.version("fla-core")
+        from fla.ops.gdn2 import fused_recurrent_gdn2
+    except ImportError:
+        return {}
+    return {f"fla {version} fused_recurrent_gdn2": fused_recurrent_gdn2}
 
 
 def _load_fla(member: str) -> dict[str, Rule]:

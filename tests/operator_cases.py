@@ -1,8 +1,10 @@
 """Inputs for the operator's tests, and the one gate that every comparison with the truth passes."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,10 @@ EXTREMES = (
 )
 
 
+def put(inputs: dict, device: str) -> dict:
+    return {name: x if x is None else x.to(device) for name, x in inputs.items()}
+
+
 def cast(inputs: dict, dtype: torch.dtype) -> dict:
     """The same numbers in another dtype; states of half precision calls are float32."""
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -113,6 +119,25 @@ def cast(inputs: dict, dtype: torch.dtype) -> dict:
         name: x if x is None else x.detach().to(state_dtype if name == "state" else dtype)
         for name, x in inputs.items()
     }
+
+
+@contextmanager
+def rounded_products(dtype: torch.dtype) -> Iterator[None]:
+    """The chunked backend rounds the operands of every product to `dtype`; sums stay float32."""
+
+    def rounded(product: Callable) -> Callable:
+        def run(*arguments, **options):
+            *before, a, b = arguments
+            return product(*before, a.to(dtype).float(), b.to(dtype).float(), **options)
+
+        return run
+
+    places = [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (Tensor, "baddbmm_")]
+    with ExitStack() as stack:
+        for owner, name in places:
+            product = rounded(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, product))
+        yield
 
 
 def run(

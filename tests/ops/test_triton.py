@@ -1,7 +1,8 @@
-"""The Triton backend in Triton's interpreter, on tensors of the CPU: the operator's guarantees.
+"""The Triton backend: the operator's guarantees, in Triton's interpreter or on a GPU.
 
-`make test` runs these apart, with TRITON_INTERPRET=1. The interpreter rounds no product to the
-tensor cores' formats and knows nothing of threads: what it can not show is left to a GPU.
+`make test` runs these apart, with TRITON_INTERPRET=1, on tensors of the CPU. The interpreter rounds
+no product to the tensor cores' formats and knows nothing of threads; `make test-gpu` runs the same
+tests on a CUDA device, at larger sizes where they take a size.
 """
 
 from functools import partial
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from compilers import BACKENDS as COMPILERS
 from operator_cases import (
     EXTREMES,
     GATE_FORMS,
@@ -21,28 +23,40 @@ from operator_cases import (
     error,
     extreme_inputs,
     make_inputs,
+    put,
+    rounded_products,
     run,
 )
 
 from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step
-from gdn2.ops.triton.sizes import INTERPRETER, sizes_of
+from gdn2.ops.triton.sizes import INTERPRETER, capability, sizes_of
 
 
 def interpreted() -> bool:
     return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret
 
 
+DEVICE = "cpu" if interpreted() else "cuda"
+ON_GPU = DEVICE == "cuda" and torch.cuda.is_available()
 pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not interpreted(), reason="needs triton, and TRITON_INTERPRET=1"),
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        not (interpreted() or ON_GPU), reason="needs triton, and a GPU or TRITON_INTERPRET=1"
+    ),
 ]
-SIZES = sizes_of(16, torch.float32, INTERPRETER)
+SIZES = sizes_of(16, torch.float32, capability(torch.device(DEVICE)) if ON_GPU else INTERPRETER)
 C, L = SIZES.C, SIZES.L
 SMALL = {"K": 16, "V": 16}
+CHANNELS = [(16, 16), (64, 64), (128, 128), (256, 128)] if ON_GPU else [(16, 16)]
+HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+
+
+def inputs_of(case: Case, **options) -> dict:
+    return put(make_inputs(case, **{"dtype": torch.float32} | options), DEVICE)
 
 
 def forward(inputs: dict, case: Case, backend: str = "triton") -> dict:
-    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens)
+    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=DEVICE)
     names = ("out", "new_state")
     results = gated_delta_rule(**inputs, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend)
     return dict(zip(names, results, strict=True))
@@ -58,71 +72,52 @@ def assert_as_exact_as_chunked(inputs: dict, case: Case) -> None:
 @pytest.mark.parametrize(("decay", "erase", "write"), GATE_FORMS)
 def test_equals_the_token_loop(decay, erase, write, layout):
     case = Case(decay, erase, write, **LAYOUTS[layout], **SMALL)
-    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+    assert_as_exact_as_chunked(inputs_of(case), case)
 
 
 @pytest.mark.parametrize("T", [0, 1, C - 1, C, C + 1, 2 * C])
 def test_any_length(T):
     case = Case(T=T, **SMALL)
-    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+    assert_as_exact_as_chunked(inputs_of(case), case)
 
 
-@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 48), (48, 80), (80, 32)])
+@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 48), (48, 80), (80, 32), *CHANNELS[1:]])
 @pytest.mark.parametrize("decay", ["channel", "head"])
 def test_any_channels(decay, K, V):
     case = Case(decay, B=1, T=C + 3, K=K, V=V)
-    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+    assert_as_exact_as_chunked(inputs_of(case), case)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, L + 2, 3 * L + 1, 3 * L + 5, 4 * L + 5)])
 @pytest.mark.parametrize(("decay", "erase"), [("channel", "channel"), ("head", None)])
 def test_long_sequences_are_scanned_in_segments(decay, erase, cu_seqlens):
     case = Case(decay, erase, B=1, T=4 * L + 5, K=32, V=48, cu_seqlens=cu_seqlens)
-    assert_as_exact_as_chunked(make_inputs(case, dtype=torch.float32), case)
+    assert_as_exact_as_chunked(inputs_of(case), case)
 
 
 @pytest.mark.parametrize("decay", ["channel", "head"])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_gates_stay_right(extreme, decay):
     case = Case(decay, B=1, T=L + 20, **SMALL)
-    inputs = cast(extreme_inputs(extreme, case), torch.float32)
+    inputs = put(cast(extreme_inputs(extreme, case), torch.float32), DEVICE)
     truth = forward(cast(inputs, torch.float64), case, "reference")
     loop, got = forward(inputs, case, "reference"), forward(inputs, case)
     assert_no_worse(got, than=loop, truth=truth, factor=32.0 if extreme == "equal keys" else 4.0)
 
 
-@pytest.fixture
-def chunked_with_rounded_operands(monkeypatch):
-    """The chunked backend with the operands of every product rounded to float16."""
-
-    def rounded(product):
-        def run(*arguments, **options):
-            *before, a, b = arguments
-            return product(*before, a.half().float(), b.half().float(), **options)
-
-        return run
-
-    for owner, name in (
-        (torch, "bmm"),
-        (torch, "baddbmm"),
-        (torch, "matmul"),
-        (torch.Tensor, "baddbmm_"),
-    ):
-        monkeypatch.setattr(owner, name, rounded(getattr(owner, name)))
-    return partial(forward, backend="chunked")
-
-
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize(("K", "V"), CHANNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", [("channel",) * 3, ("channel", "head", "head"), ("head",) * 3])
-def test_half_precision_is_no_worse_than_rounded_operands(
-    form, layout, chunked_with_rounded_operands
-):
-    case = Case(*form, **LAYOUTS[layout], **SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
-    inputs = {n: x.half() if n in ("q", "k", "v") else x for n, x in inputs.items()}
+def test_half_precision_is_no_worse_than_rounded_operands(form, layout, K, V, half):
+    case = Case(*form, **LAYOUTS[layout], K=K, V=V)
+    inputs = inputs_of(case)
+    inputs = {n: x.to(half) if n in ("q", "k", "v") else x for n, x in inputs.items()}
     truth = forward({n: x.double() for n, x in inputs.items()}, case, "reference")
-    rounded, got = chunked_with_rounded_operands(inputs, case), forward(inputs, case)
-    assert got["out"].dtype == torch.float16
+    with rounded_products(half):
+        rounded = forward(inputs, case, "chunked")
+    got = forward(inputs, case)
+    assert got["out"].dtype == half
     assert error(rounded["new_state"].double(), truth["new_state"]) > 1e-5  # it does round
     assert_no_worse(got, than=rounded, truth=truth, factor=1.5)
 
@@ -131,10 +126,10 @@ def test_half_precision_is_no_worse_than_rounded_operands(
 @pytest.mark.parametrize(("decay", "erase"), [("channel", "channel"), ("head", "head")])
 def test_future_tokens_cannot_change_the_past(decay, erase, layout):
     case = Case(decay, erase, **LAYOUTS[layout], **SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     before = forward(inputs, case)["out"]
     for P in [P for P in (1, C - 2, C + 5, L + 3) if P < case.T]:
-        other = make_inputs(case, seed=1, dtype=torch.float32)
+        other = inputs_of(case, seed=1)
         edited = {
             n: x if n == "state" else torch.cat([x[:, :P], other[n][:, P:]], 1)
             for n, x in inputs.items()
@@ -147,7 +142,7 @@ def test_future_tokens_cannot_change_the_past(decay, erase, layout):
 @pytest.mark.parametrize("decay", ["channel", "head"])
 def test_appended_tokens_and_other_batches_change_no_bit(decay):
     case = Case(decay, B=3, T=2 * L + C + 5, **SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     whole = forward(inputs, case)["out"]
     one = {n: x[1:2] for n, x in inputs.items()}
     assert_same_bits(forward(one, case)["out"], whole[1:2], "alone")
@@ -165,7 +160,7 @@ def test_appended_tokens_and_other_batches_change_no_bit(decay):
 
 def test_split_sequence_equals_whole():
     case = Case(T=60, **SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     whole = forward(inputs, case)
     first = {n: x if n == "state" else x[:, :37] for n, x in inputs.items()}
     second = {n: x if n == "state" else x[:, 37:] for n, x in inputs.items()}
@@ -181,7 +176,7 @@ def test_no_result_comes_from_uninitialised_memory():
         for layout in ("batch", "packed"):
             for decay in ("channel", "head", None):
                 case = Case(decay, **LAYOUTS[layout], **SMALL)
-                results = forward(make_inputs(case, dtype=torch.float32), case)
+                results = forward(inputs_of(case), case)
                 assert all(x.isfinite().all() for x in results.values())
     finally:
         torch.use_deterministic_algorithms(False)
@@ -189,7 +184,7 @@ def test_no_result_comes_from_uninitialised_memory():
 
 def test_strided_operands_are_read_where_they_are():
     case = Case(**SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     want = forward(inputs, case)
     wide = torch.cat([inputs["q"], inputs["k"], inputs["v"]], -2).contiguous()
     q, k, v = wide.split(2, dim=-2)  # as one projection gives them
@@ -201,7 +196,7 @@ def test_strided_operands_are_read_where_they_are():
 
 def test_gradients_are_those_of_the_chunked_backend():
     case = Case(**LAYOUTS["packed"], **SMALL)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     got, want = run(inputs, case, backend="triton"), run(inputs, case, backend="chunked")
     for name in want:
         if name.startswith("d_"):
@@ -213,7 +208,7 @@ def test_gradients_are_those_of_the_chunked_backend():
 def test_step_equals_the_token_loop(decay, erase, write, grouped):
     heads = {"HV": 4, "gates_on_value_heads": decay == "head"} if grouped else {}
     case = Case(decay, erase, write, T=3, **SMALL, **heads)
-    inputs = make_inputs(case, dtype=torch.float32)
+    inputs = inputs_of(case)
     truth = forward(cast(inputs, torch.float64), case, "reference")
     loop = forward(inputs, case, "reference")
     out, state = gated_delta_step(**inputs, scale=case.scale, backend="triton")
@@ -223,12 +218,12 @@ def test_step_equals_the_token_loop(decay, erase, write, grouped):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_step_on_a_pool_touches_only_its_slots(index_dtype):
-    inputs = make_inputs(Case(B=3, T=1, **SMALL), dtype=torch.float32)
+    inputs = inputs_of(Case(B=3, T=1, **SMALL))
     rows = inputs.pop("state")
-    pool = torch.randn(6, *rows.shape[1:])
+    pool = torch.randn(6, *rows.shape[1:], device=DEVICE)
     strided = pool.transpose(1, 2).contiguous().transpose(1, 2)
     alone = pool[[4, 1]].clone()
-    indices = torch.tensor([4, -1, 1], dtype=index_dtype)
+    indices = torch.tensor([4, -1, 1], dtype=index_dtype, device=DEVICE)
     live = {n: x[[0, 2], 0] for n, x in inputs.items()}
     want, _ = gated_delta_step(**live, state=alone, backend="triton")
     for states in (pool, strided):
@@ -248,11 +243,12 @@ def test_step_on_a_pool_touches_only_its_slots(index_dtype):
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize(("T", "W", "D"), [(1, 4, 130), (3, 4, 20), (7, 2, 20), (2, 1, 20)])
 def test_conv_step_equals_the_convolution(T, W, D, activation):
-    x, pool, weight = torch.randn(3, T, D), torch.randn(6, D, W - 1), torch.randn(D, W)
-    bias = torch.randn(D) if activation else None
+    shapes = (3, T, D), (6, D, W - 1), (D, W), (D,)
+    x, pool, weight, bias = (torch.randn(shape, device=DEVICE) for shape in shapes)
+    bias = bias if activation else None
     step = partial(causal_conv_step, weight=weight, bias=bias, activation=activation)
     for states in (pool, pool.transpose(1, 2).contiguous().transpose(1, 2)):
-        for indices in (None, torch.tensor([4, -1, 1])):
+        for indices in (None, torch.tensor([4, -1, 1], device=DEVICE)):
             mine, theirs = (states[: 3 if indices is None else 6].clone() for _ in range(2))
             y, _ = step(x, state=mine, state_indices=indices, backend="triton")
             want, _ = step(x, state=theirs, state_indices=indices)
@@ -261,8 +257,9 @@ def test_conv_step_equals_the_convolution(T, W, D, activation):
 
 
 def test_conv_step_reads_strided_inputs_and_half_precision():
-    wide = torch.randn(2, 2, 48).half()
-    x, weight, state = wide[..., 16:32], torch.randn(16, 4), torch.randn(2, 16, 3).half()
+    shapes = (2, 2, 48), (16, 4), (2, 16, 3)
+    wide, weight, state = (torch.randn(shape, device=DEVICE).half() for shape in shapes)
+    x = wide[..., 16:32]
     states = [state.clone() for _ in range(2)]
     y, _ = causal_conv_step(x, weight, state=states[0], backend="triton")
     want, _ = causal_conv_step(x, weight, state=states[1])
@@ -272,7 +269,7 @@ def test_conv_step_reads_strided_inputs_and_half_precision():
 
 
 def test_registered_operators_pass_opcheck():
-    inputs = make_inputs(Case(B=1, T=C, **SMALL), dtype=torch.float32)
+    inputs = inputs_of(Case(B=1, T=C, **SMALL))
     state = inputs.pop("state")
     operands = tuple(x.requires_grad_() for x in inputs.values())
     gated_delta_rule(**inputs, state=state, backend="triton")  # registers them
@@ -283,15 +280,38 @@ def test_registered_operators_pass_opcheck():
     torch.library.opcheck(
         torch.ops.gdn2.triton_gated_delta_step.default, (*detached, 1.0, state, None)
     )
-    x, weight, state = torch.randn(2, 1, 16), torch.randn(16, 4), torch.randn(2, 16, 3)
+    shapes = (2, 1, 16), (16, 4), (2, 16, 3)
+    x, weight, state = (torch.randn(shape, device=DEVICE) for shape in shapes)
     torch.library.opcheck(
         torch.ops.gdn2.triton_causal_conv_step.default, (x, weight, None, True, state, None)
     )
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_operators_compile_whole(compiler):
+    inputs = inputs_of(Case(T=C + 3, **SMALL))
+    tokens = {n: x[:, :1] for n, x in inputs.items() if n != "state"}
+    shapes = (2, 1, 16), (16, 4), (2, 16, 3)
+    x, weight, last = (torch.randn(shape, device=DEVICE) for shape in shapes)
+    for function, arguments, state in (
+        (gated_delta_rule, inputs, inputs.pop("state")),
+        (gated_delta_step, tokens, inputs_of(Case(**SMALL))["state"]),
+        (causal_conv_step, {"x": x, "weight": weight}, last),
+    ):
+        states = [state.clone() for _ in range(2)]
+        call = partial(function, **arguments, backend="triton")
+        torch._dynamo.reset()
+        with torch.no_grad():
+            want, returned = call(state=states[0])
+            out, again = torch.compile(call, backend=compiler, fullgraph=True)(state=states[1])
+        assert_same_bits(out, want, "out")
+        assert_same_bits(again, returned, "returned state")
+        assert_same_bits(*states, "given state")
+
+
 REFUSED = {
     "float64": (Case(**SMALL), torch.float64, "takes float32, float16 and bfloat16"),
-    "bfloat16": (Case(**SMALL), torch.bfloat16, "interpreter"),
+    **({} if ON_GPU else {"bfloat16": (Case(**SMALL), torch.bfloat16, "interpreter")}),
     "channels": (Case(K=24, V=16), torch.float32, "multiples of 16 up to 256, got K=24, V=16"),
     "many channels": (Case(T=1, K=16, V=272), torch.float32, "got K=16, V=272"),
 }
@@ -300,12 +320,12 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_can_not_serve_is_refused_with_the_reason(name):
     case, dtype, reason = REFUSED[name]
-    inputs = cast(make_inputs(case), dtype)
+    inputs = put(cast(make_inputs(case), dtype), DEVICE)
     with pytest.raises(NotImplementedError, match=f"backend='triton' .*{reason}"):
         gated_delta_rule(**inputs, backend="triton")
 
 
 def test_chunked_still_serves_calls_that_name_no_backend():
-    inputs = make_inputs(Case(**SMALL), dtype=torch.float32)
+    inputs = inputs_of(Case(**SMALL))
     case = Case(**SMALL)
     assert torch.equal(forward(inputs, case, None)["out"], forward(inputs, case, "chunked")["out"])
