@@ -32,7 +32,7 @@ check: $(INSTALLED)  ## lint, format and types
 
 test: $(INSTALLED)  ## the tests that run everywhere, in minutes
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not triton'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n 2 tests/ops
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n 2 tests/ops tests/benchmarks
 
 compile-check: $(INSTALLED)  ## compile the Triton kernels for GPUs that are not here; show the table
 	$(BIN)/python tests/compiled_kernels.py

@@ -40,6 +40,7 @@ class Case:
 
     Attributes:
         title: what is timed.
+        decay_dtype: of log_decay; None: that of all others.
         member: whose gates are tied as they are; peers of it are timed too, where there are any.
         cu_seqlens: boundaries, if sequences are packed.
         loop: time the token loop too.
@@ -58,6 +59,7 @@ class Case:
     gate_heads: int | None = None
     log_decays: tuple[float, ...] | None = None
     dtype: torch.dtype = torch.float32
+    decay_dtype: torch.dtype | None = None
     member: str | None = None
     cu_seqlens: tuple[int, ...] | None = None
     loop: bool = False
@@ -197,6 +199,8 @@ def operands_of(case: Case, device: torch.device) -> tuple[list[Tensor | None], 
         log_decay = values[at]
     gates = (log_decay, *(x if x is None else x.sigmoid() for x in (erase, write)))
     operands = [x if x is None else x.to(case.dtype) for x in (q, k, v, *gates)]
+    if log_decay is not None:
+        operands[3] = log_decay.to(case.decay_dtype or case.dtype)
     return operands, randn(HV, V).to(case.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import importlib.metadata
 import platform
 import statistics
 import time
@@ -21,7 +22,13 @@ WIDE = 120  # of a table in a file or a pipe, where rich would cut numbers short
 
 
 class Timing(NamedTuple):
-    """A row: `case` has a name; the share is of the minimum, None where gradients are in it."""
+    """A row: `case` has a name; shares are of the minimum, None where they are not known.
+
+    Attributes:
+        share_of_mm: useful FLOPs per second, over those of torch.mm.
+        share_of_copy: bytes that must move at least per second, over those of a copy.
+        peak_mb: memory that the call needs beyond its operands.
+    """
 
     case: Any
     backend: str
@@ -29,6 +36,8 @@ class Timing(NamedTuple):
     min_ms: float
     median_ms: float
     share_of_mm: float | None = None
+    share_of_copy: float | None = None
+    peak_mb: float | None = None
 
     @classmethod
     def of(cls, case: Any, backend: str, direction: str, seconds: Sequence[float]) -> "Timing":
@@ -41,15 +50,30 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds of each call in each round, after one round that does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
+    timed = _seconds_on_a_gpu if device.type == "cuda" else _seconds
     for number in range(rounds + 1):
         for call, times in zip(calls, seconds, strict=True):
-            wait(device)
-            started = time.perf_counter()
-            call()
-            wait(device)
+            taken = timed(call)
             if number:
-                times.append(time.perf_counter() - started)
+                times.append(taken)
     return seconds
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _seconds_on_a_gpu(call: Callable[[], object]) -> float:
+    """Between two events, after a write that leaves nothing else in the cache."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(2**28, dtype=torch.int8, device="cuda").zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def wait(device: torch.device) -> None:
@@ -73,23 +97,35 @@ def append(timings: Sequence[Timing], path: Path, device: torch.device, script: 
         "commit": commit(),
         "device": device_name(device),
         "torch": torch.__version__,
+        "triton": _triton_version() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "script": script,
     }
-    rows = [machine | _row(t) for t in timings]
+    columns = [*machine, *Timing._fields]
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != columns:
+                raise SystemExit(f"{path} has other columns than {','.join(columns)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*machine, *Timing._fields], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(rows)
-    print(f"added {len(rows)} rows to {path}")
+        writer.writerows(machine | _row(t) for t in timings)
+    print(f"added {len(timings)} rows to {path}", flush=True)
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _row(t: Timing) -> dict[str, object]:
-    share = None if t.share_of_mm is None else round(t.share_of_mm, 4)
-    times = {"min_ms": round(t.min_ms, 3), "median_ms": round(t.median_ms, 3)}
-    return t._asdict() | {"case": t.case.name, "share_of_mm": share, **times}
+    digits = {"min_ms": 3, "median_ms": 3, "share_of_mm": 4, "share_of_copy": 4, "peak_mb": 1}
+    numbers = {n: None if (x := getattr(t, n)) is None else round(x, d) for n, d in digits.items()}
+    return t._asdict() | {"case": t.case.name, **numbers}
 
 
 def show_table(table: Table) -> None:

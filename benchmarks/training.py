@@ -218,7 +218,7 @@ def time_all(
 def show(timings: Sequence[Timing]) -> None:
     """What all rows have in common stands in the title; ratios are of the time per token."""
     rows, first = [], {}
-    for case, model, direction, low, middle, _ in timings:
+    for case, model, direction, low, middle, *_ in timings:
         tokens = case.B * case.T
         each = low / tokens
         to_first = each / first.setdefault((case.T, direction), each)

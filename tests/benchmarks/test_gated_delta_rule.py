@@ -77,9 +77,10 @@ def test_rows_are_added_under_one_heading(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     names = [(row["case"].partition(":")[0], row["direction"], row["backend"]) for row in rows]
     assert names == 2 * KINDS
-    machine = ["date", "commit", "device", "torch", "threads", "script"]
-    timing = ["case", "backend", "direction", "min_ms", "median_ms", "share_of_mm"]
-    assert list(rows[0]) == machine + timing
+    machine = ["date", "commit", "device", "torch", "triton", "threads", "script"]
+    timing = ["case", "backend", "direction", "min_ms", "median_ms"]
+    shares = ["share_of_mm", "share_of_copy", "peak_mb"]
+    assert list(rows[0]) == machine + timing + shares
     assert rows[0]["torch"] == torch.__version__
     assert rows[0]["threads"] == str(torch.get_num_threads())
     assert [bool(row["share_of_mm"]) for row in rows[:7]] == [d == "forward" for _, d, _ in KINDS]
@@ -98,3 +99,11 @@ def test_counts_are_at_least_one(option, capsys):
         main([option, "0"])
     assert stop.value.code == 2
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("date,milliseconds\n")
+    with pytest.raises(SystemExit, match="has other columns than date,commit"):
+        main(["--rounds", "1", "--csv", str(path)], suites={"tiny": TINY[:1]})
+    assert path.read_text() == "date,milliseconds\n"

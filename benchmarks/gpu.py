@@ -1,0 +1,248 @@
+"""Time the Triton kernels on a GPU, beside flash-linear-attention's and beside a copy of bytes.
+
+The calls of a case take turns in one process, and the cache is emptied before each. Before one is
+timed, its outputs for two heads are compared with float64. The share of copy is how fast the bytes
+that must move at least (operands once, outputs once; in decoding states in and out) would have to
+be copied to take as long, over the rate at which this run copies. Each case's rows are added to the
+CSV file as soon as they are measured.
+
+gdn2, kda, gated_deltanet   sequences: bfloat16, log_decay in float32, K=V=128 and 64
+decode                      a token of GDN-2, on states that rotate beyond the cache
+kernels                     what each kernel of ours takes, of one case per member
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gated_delta_rule import Case, operands_of
+from benchmarks.peers import load_kernels, load_step_kernel
+from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
+from gdn2.ops import gated_delta_rule, gated_delta_step
+
+SHAPES = (  # B, T, H
+    (8, 2048, 16),
+    (4, 4096, 16),
+    (2, 8192, 16),
+    (1, 16_384, 16),
+    (1, 65_536, 16),
+    (1, 8192, 96),
+)
+CHANNELS = (128, 64)
+DTYPES = {"dtype": torch.bfloat16, "decay_dtype": torch.float32}
+BATCHES = (1, 4, 16, 64, 128, 256, 512)
+TIED = {"erase": "head", "write": "head"}
+MEMBERS: dict[str, dict[str, str]] = {
+    "gdn2": {},
+    "kda": TIED,
+    "gated_deltanet": {"decay": "head", **TIED},
+}
+SUITES = (*MEMBERS, "decode", "kernels")
+COPIED = 2**32  # bytes, of the copy that others are compared with
+ROTATED = 2**29  # bytes of states at least: several times a GPU's cache
+LARGEST_ERROR = 0.02  # root mean square, relative: bfloat16 operands give 0.005
+EXAMPLES = """examples:
+  python -m benchmarks.gpu
+  python -m benchmarks.gpu gdn2 decode --rounds 50
+"""
+
+
+def sequences(member: str, shapes: Sequence[tuple[int, int, int]]) -> list[Case]:
+    return [
+        Case(member, B, T, H, K, K, member=member, **DTYPES, **MEMBERS[member])
+        for K in CHANNELS
+        for B, T, H in shapes
+    ]
+
+
+def copy_rate(device: torch.device, size: int = COPIED) -> float:
+    """Bytes a second, read and written."""
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    (seconds,) = interleaved([lambda: target.copy_(source)], 10, device)
+    return 2 * size / min(seconds)
+
+
+def measure_sequence(
+    case: Case, *, rounds: int, device: torch.device, rate: float
+) -> tuple[list[Timing], dict[str, float]]:
+    """Rows, and the error of every implementation; those with a large one are not timed."""
+    operands, _ = operands_of(case, device)
+    if case.erase == "head":
+        operands[5] = operands[4]  # peers have one gate for both
+    calls: dict[str, Callable[[], Tensor]] = {}
+    errors, peaks = {}, {}
+    for name, rule in {"triton": _ours(case), **load_kernels(case.member or "")}.items():
+        call = torch.no_grad()(lambda rule=rule: rule(*operands))
+        started = time.perf_counter()
+        errors[name] = error(call(), operands, case)
+        print(f"  {name}: first call {time.perf_counter() - started:.1f} s", flush=True)
+        if errors[name] < LARGEST_ERROR:
+            calls[name], peaks[name] = call, _peak_mb(call, device)
+    tensors = {id(x): x for x in operands if x is not None}.values()
+    moved = sum(x.nbytes for x in tensors) + operands[2].nbytes
+    rows = []
+    for name, seconds in zip(calls, interleaved(list(calls.values()), rounds, device), strict=True):
+        share = moved / rate / min(seconds)
+        row = Timing.of(case, name, "forward", seconds)
+        rows.append(row._replace(share_of_copy=share, peak_mb=peaks[name]))
+    return rows, errors
+
+
+def _ours(case: Case) -> Callable[..., Tensor]:
+    def rule(q, k, v, log_decay, erase, write, backend="triton"):
+        gates = {"log_decay": log_decay, "erase": erase, "write": write}
+        return gated_delta_rule(q, k, v, **gates, scale=case.K**-0.5, backend=backend)[0]
+
+    return rule
+
+
+def error(out: Tensor, operands: Sequence[Tensor | None], case: Case) -> float:
+    """Root mean square of two heads' error, relative; the truth is the chunked rule in float64."""
+    few = [None if x is None else x[:1, :, :2].double() for x in operands]
+    with torch.no_grad():
+        truth = _ours(case)(*few, backend="chunked")
+    difference = out[:1, :, :2].double() - truth
+    return (difference.square().mean() / truth.square().mean()).sqrt().item()
+
+
+def _peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def measure_decoding(case: Case, *, rounds: int, device: torch.device, rate: float) -> list[Timing]:
+    """A graph of one step on each of several sets of states is replayed; the time is a step's."""
+    operands, _ = operands_of(case, device)
+    q, k, v, log_decay, erase, write = operands
+    of_states = 4 * case.B * case.H * case.K * case.V
+    sets = max(2, -(-ROTATED // of_states))
+    shape = (sets, case.B, case.H, case.K, case.V)
+    gates = {"log_decay": log_decay, "erase": erase, "write": write}
+
+    def ours(states: Tensor) -> None:
+        for state in states:
+            gated_delta_step(q, k, v, **gates, scale=case.K**-0.5, state=state, backend="triton")
+
+    def peer(kernel: Callable, states: Tensor) -> None:
+        for state in states:
+            kernel(q, k, v, log_decay, erase, write, initial_state=state, output_final_state=True)
+
+    calls = {"triton": _replayed(ours, torch.zeros(shape, device=device))}
+    for name, kernel in load_step_kernel().items():
+        states = torch.zeros(shape, device=device)
+        calls[name] = _replayed(lambda x, kernel=kernel: peer(kernel, x), states)
+    timings = []
+    for name, seconds in zip(calls, interleaved(list(calls.values()), rounds, device), strict=True):
+        of_a_step = [t / sets for t in seconds]
+        share = 2 * of_states / rate / min(of_a_step)
+        timings.append(Timing.of(case, name, "step", of_a_step)._replace(share_of_copy=share))
+    return timings
+
+
+def _replayed(function: Callable[[Tensor], None], states: Tensor) -> Callable[[], object]:
+    """The calls as a CUDA graph: without what the host needs to launch them."""
+    with torch.no_grad():
+        function(states[:1])
+        if states.device.type != "cuda":
+            return torch.no_grad()(lambda: function(states))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function(states)
+    return graph.replay
+
+
+def show(rows: Sequence[Timing], errors: dict[str, float]) -> None:
+    """Ratios are of medians, to the first row."""
+    case = rows[0].case
+    table = Table("backend", title=case.name, title_justify="left")
+    for heading in ("min ms", "median ms", "ratio", "share of copy", "peak MB", "error"):
+        table.add_column(heading, justify="right")
+    for t in rows:
+        peak = "" if t.peak_mb is None else f"{t.peak_mb:.0f}"
+        wrong = f"{errors[t.backend]:.1e}" if t.backend in errors else ""
+        times = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{t.median_ms / rows[0].median_ms:.2f}"
+        table.add_row(t.backend, *times, f"{t.share_of_copy:.1%}", peak, wrong)
+    show_table(table)
+
+
+def show_kernels(case: Case, device: torch.device, rate: float) -> None:
+    """Ours alone: time of each kernel, as the profiler sees it."""
+    operands, _ = operands_of(case, device)
+    call = torch.no_grad()(lambda: _ours(case)(*operands))
+    call()
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(10):
+            call()
+    table = Table("kernel", title=case.name, title_justify="left")
+    table.add_column("us", justify="right")
+    events = profiler.key_averages()
+    for event in sorted(events, key=lambda e: -e.device_time_total)[:8]:
+        table.add_row(event.key, f"{event.device_time_total / 10:.1f}")
+    show_table(table)
+    print(f"  {rate / 1e12:.2f} TB/s copied in this run", flush=True)
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    batches: Sequence[int] = BATCHES,
+    device: str = "cuda",
+) -> int:
+    parser = command_line("gpu", __doc__, EXAMPLES)
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
+    )
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    add_csv(parser)
+    args = parse(parser, argv)
+    for suite in args.suites:
+        if suite not in SUITES:
+            parser.error(f"there is no suite {suite!r}, only {', '.join(SUITES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
+    where, failed = torch.device(device), []
+    rate = copy_rate(where, COPIED if device == "cuda" else 2**20)
+    print(f"a copy moves {rate / 1e12:.2f} TB/s")
+    options = {"rounds": args.rounds, "device": where, "rate": rate}
+
+    for suite in args.suites or SUITES:
+        cases = sequences(suite, shapes) if suite in MEMBERS else []
+        for case in cases:
+            rows, errors = measure_sequence(case, **options)
+            wrong = {name: x for name, x in errors.items() if not x < LARGEST_ERROR}
+            failed += [f"{case.name}: {name} is wrong by {x:.1e}" for name, x in wrong.items()]
+            if rows:
+                show(rows, errors)
+                append(rows, args.csv, where, Path(__file__).name)
+        for B in batches if suite == "decode" else ():
+            rows = measure_decoding(decoding(B), **options)
+            show(rows, {})
+            append(rows, args.csv, where, Path(__file__).name)
+        for member in MEMBERS if suite == "kernels" else ():
+            show_kernels(sequences(member, shapes)[0], where, rate)
+    for line in failed:
+        print(line, file=sys.stderr)
+    return int(bool(failed))
+
+
+def decoding(B: int) -> Case:
+    return replace(sequences("gdn2", [(B, 1, 16)])[0], title=f"decode, batch {B}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

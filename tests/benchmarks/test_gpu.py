@@ -1,0 +1,69 @@
+"""The benchmark of the kernels, rehearsed in Triton's interpreter at sizes of nothing."""
+
+import csv
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+if find_spec("triton") is None or not import_module("triton").knobs.runtime.interpret:
+    pytest.skip("needs triton, and TRITON_INTERPRET=1", allow_module_level=True)
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CHANNELS", (16,))
+    monkeypatch.setattr(gpu, "DTYPES", {"dtype": torch.float16, "decay_dtype": torch.float32})
+    monkeypatch.setattr(gpu, "ROTATED", 2**15)
+    monkeypatch.setattr(gpu, "load_kernels", lambda _: {"peer": peer})
+    monkeypatch.setattr(gpu, "load_step_kernel", lambda: {"peer step": peer_step})
+    path = tmp_path / "results.csv"
+
+    def run(*words: str) -> tuple[int, list[dict[str, str]]]:
+        arguments = [*words, "--rounds", "2", "--csv", str(path)]
+        code = gpu.main(arguments, shapes=[(1, 20, 2)], batches=[1], device="cpu")
+        with path.open(newline="") as file:
+            return code, list(csv.DictReader(file))
+
+    return run
+
+
+def peer(q, k, v, log_decay, erase, write):
+    gates = {"log_decay": log_decay, "erase": erase, "write": write}
+    return gpu.gated_delta_rule(q, k, v, **gates, scale=q.shape[-1] ** -0.5)[0]
+
+
+def peer_step(*operands, initial_state, output_final_state):
+    assert initial_state.shape == (1, 16, 16, 16)
+    assert output_final_state
+
+
+def test_every_suite_adds_its_rows(tiny, capsys):
+    code, rows = tiny()
+    assert code == 0
+    names = [(row["case"].partition(":")[0], row["backend"], row["direction"]) for row in rows]
+    members = [(m, name, "forward") for m in gpu.MEMBERS for name in ("triton", "peer")]
+    steps = [("decode, batch 1", name, "step") for name in ("triton", "peer step")]
+    assert names == members + steps
+    assert all(row["share_of_copy"] for row in rows)
+    text = capsys.readouterr().out
+    assert "first call" in text
+    assert text.count("TB/s copied in this run") == 3
+
+
+def test_what_is_wrong_is_named_and_not_timed(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "load_kernels", lambda _: {"peer": lambda *x: 2 * peer(*x)})
+    code, rows = tiny("kda")
+    assert code == 1
+    assert [row["backend"] for row in rows] == ["triton"]
+    assert "kda: B=1 T=20 H=2 K=16 V=16: peer is wrong by 1.0e+00" in capsys.readouterr().err
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["mamba"])
+    assert "there is no suite 'mamba', only gdn2" in capsys.readouterr().err
