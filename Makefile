@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install check test test-gpu test-slow compile-check peers hooks demo bench clean
+.PHONY: help install check test test-gpu test-slow compile-check peers hooks demo bench bench-gpu tune clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs
 
 bench: $(INSTALLED)  ## time the operator on this machine; adds to benchmarks/results.csv
 	$(BIN)/python -m benchmarks.gated_delta_rule
+
+bench-gpu: $(INSTALLED)  ## time the kernels on this GPU beside their peers'; adds to the same file
+	$(BIN)/python -m benchmarks.gpu
+
+tune: $(INSTALLED)  ## find the kernels' sizes on this GPU; writes gdn2/ops/triton/sizes.csv
+	$(BIN)/python -m benchmarks.tune
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

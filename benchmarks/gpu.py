@@ -13,9 +13,10 @@ kernels                     what each kernel of ours takes, of one case per memb
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -36,10 +37,10 @@ SHAPES = (  # B, T, H
     (1, 8192, 96),
 )
 CHANNELS = (128, 64)
-DTYPES = {"dtype": torch.bfloat16, "decay_dtype": torch.float32}
+DTYPES: dict[str, Any] = {"dtype": torch.bfloat16, "decay_dtype": torch.float32}
 BATCHES = (1, 4, 16, 64, 128, 256, 512)
 TIED = {"erase": "head", "write": "head"}
-MEMBERS: dict[str, dict[str, str]] = {
+MEMBERS: dict[str, dict[str, Any]] = {
     "gdn2": {},
     "kda": TIED,
     "gated_deltanet": {"decay": "head", **TIED},
@@ -54,12 +55,14 @@ EXAMPLES = """examples:
 """
 
 
-def sequences(member: str, shapes: Sequence[tuple[int, int, int]]) -> list[Case]:
-    return [
-        Case(member, B, T, H, K, K, member=member, **DTYPES, **MEMBERS[member])
-        for K in CHANNELS
-        for B, T, H in shapes
-    ]
+def sequences(member: str, shapes: Sequence[tuple[int, int, int]], K: int) -> list[Case]:
+    forms = DTYPES | MEMBERS[member]
+    return [Case(member, B, T, H, K, K, member=member, **forms) for B, T, H in shapes]
+
+
+def decoding(member: str, B: int, K: int) -> Case:
+    (case,) = sequences(member, [(B, 1, 16)], K)
+    return replace(case, title=f"decode, {member}, batch {B}")
 
 
 def copy_rate(device: torch.device, size: int = COPIED) -> float:
@@ -79,7 +82,7 @@ def measure_sequence(
         operands[5] = operands[4]  # peers have one gate for both
     calls: dict[str, Callable[[], Tensor]] = {}
     errors, peaks = {}, {}
-    for name, rule in {"triton": _ours(case), **load_kernels(case.member or "")}.items():
+    for name, rule in {"triton": ours(case), **load_kernels(case.member or "")}.items():
         call = torch.no_grad()(lambda rule=rule: rule(*operands))
         started = time.perf_counter()
         errors[name] = error(call(), operands, case)
@@ -96,7 +99,7 @@ def measure_sequence(
     return rows, errors
 
 
-def _ours(case: Case) -> Callable[..., Tensor]:
+def ours(case: Case) -> Callable[..., Tensor]:
     def rule(q, k, v, log_decay, erase, write, backend="triton"):
         gates = {"log_decay": log_decay, "erase": erase, "write": write}
         return gated_delta_rule(q, k, v, **gates, scale=case.K**-0.5, backend=backend)[0]
@@ -108,7 +111,7 @@ def error(out: Tensor, operands: Sequence[Tensor | None], case: Case) -> float:
     """Root mean square of two heads' error, relative; the truth is the chunked rule in float64."""
     few = [None if x is None else x[:1, :, :2].double() for x in operands]
     with torch.no_grad():
-        truth = _ours(case)(*few, backend="chunked")
+        truth = ours(case)(*few, backend="chunked")
     difference = out[:1, :, :2].double() - truth
     return (difference.square().mean() / truth.square().mean()).sqrt().item()
 
@@ -122,7 +125,14 @@ def _peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def measure_decoding(case: Case, *, rounds: int, device: torch.device, rate: float) -> list[Timing]:
+def measure_decoding(
+    case: Case,
+    kernels: Mapping[str, Callable],
+    *,
+    rounds: int,
+    device: torch.device,
+    rate: float,
+) -> list[Timing]:
     """A graph of one step on each of several sets of states is replayed; the time is a step's."""
     operands, _ = operands_of(case, device)
     q, k, v, log_decay, erase, write = operands
@@ -140,7 +150,7 @@ def measure_decoding(case: Case, *, rounds: int, device: torch.device, rate: flo
             kernel(q, k, v, log_decay, erase, write, initial_state=state, output_final_state=True)
 
     calls = {"triton": _replayed(ours, torch.zeros(shape, device=device))}
-    for name, kernel in load_step_kernel().items():
+    for name, kernel in kernels.items():
         states = torch.zeros(shape, device=device)
         calls[name] = _replayed(lambda x, kernel=kernel: peer(kernel, x), states)
     timings = []
@@ -181,7 +191,7 @@ def show(rows: Sequence[Timing], errors: dict[str, float]) -> None:
 def show_kernels(case: Case, device: torch.device, rate: float) -> None:
     """Ours alone: time of each kernel, as the profiler sees it."""
     operands, _ = operands_of(case, device)
-    call = torch.no_grad()(lambda: _ours(case)(*operands))
+    call = torch.no_grad()(lambda: ours(case)(*operands))
     call()
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
@@ -221,8 +231,8 @@ def main(
     options = {"rounds": args.rounds, "device": where, "rate": rate}
 
     for suite in args.suites or SUITES:
-        cases = sequences(suite, shapes) if suite in MEMBERS else []
-        for case in cases:
+        channels = CHANNELS if suite in MEMBERS else ()
+        for case in [case for K in channels for case in sequences(suite, shapes, K)]:
             rows, errors = measure_sequence(case, **options)
             wrong = {name: x for name, x in errors.items() if not x < LARGEST_ERROR}
             failed += [f"{case.name}: {name} is wrong by {x:.1e}" for name, x in wrong.items()]
@@ -230,18 +240,14 @@ def main(
                 show(rows, errors)
                 append(rows, args.csv, where, Path(__file__).name)
         for B in batches if suite == "decode" else ():
-            rows = measure_decoding(decoding(B), **options)
+            rows = measure_decoding(decoding("gdn2", B, CHANNELS[0]), load_step_kernel(), **options)
             show(rows, {})
             append(rows, args.csv, where, Path(__file__).name)
         for member in MEMBERS if suite == "kernels" else ():
-            show_kernels(sequences(member, shapes)[0], where, rate)
+            show_kernels(sequences(member, shapes, CHANNELS[0])[0], where, rate)
     for line in failed:
         print(line, file=sys.stderr)
     return int(bool(failed))
-
-
-def decoding(B: int) -> Case:
-    return replace(sequences("gdn2", [(B, 1, 16)])[0], title=f"decode, batch {B}")
 
 
 if __name__ == "__main__":

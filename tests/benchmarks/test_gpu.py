@@ -47,7 +47,7 @@ def test_every_suite_adds_its_rows(tiny, capsys):
     assert code == 0
     names = [(row["case"].partition(":")[0], row["backend"], row["direction"]) for row in rows]
     members = [(m, name, "forward") for m in gpu.MEMBERS for name in ("triton", "peer")]
-    steps = [("decode, batch 1", name, "step") for name in ("triton", "peer step")]
+    steps = [("decode, gdn2, batch 1", name, "step") for name in ("triton", "peer step")]
     assert names == members + steps
     assert all(row["share_of_copy"] for row in rows)
     text = capsys.readouterr().out

@@ -44,7 +44,8 @@ pytestmark = [
         not (interpreted() or ON_GPU), reason="needs triton, and a GPU or TRITON_INTERPRET=1"
     ),
 ]
-SIZES = sizes_of(16, torch.float32, capability(torch.device(DEVICE)) if ON_GPU else INTERPRETER)
+CAPABILITY = capability(torch.device(DEVICE)) if ON_GPU else INTERPRETER
+SIZES = sizes_of("channel", 16, 16, torch.float32, CAPABILITY)
 C, L = SIZES.C, SIZES.L
 SMALL = {"K": 16, "V": 16}
 CHANNELS = [(16, 16), (64, 64), (128, 128), (256, 128)] if ON_GPU else [(16, 16)]

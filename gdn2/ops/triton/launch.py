@@ -16,7 +16,6 @@ from gdn2.ops.triton.sizes import Sizes, capability, sizes_of
 from gdn2.ops.triton.step import step
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_STEP_BV = 32
 _CONV_BD = 128
 
 
@@ -48,12 +47,12 @@ def gated_delta_rule(
     (B, T, H, K), (HV, V) = x.q.shape, x.v.shape[2:]
     dtype, device = x.q.dtype, x.q.device
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    sizes = sizes_of(K, dtype, capability(device))
+    forms = _forms(x)
+    sizes = _sizes(x, forms)
     chunks = Pieces.of(B, T, cu_seqlens, sizes.C)
     segments = Pieces.of(B, T, cu_seqlens, sizes.L)
     on_value_heads = any(g is not None and g.shape[2] != H for g in (x.log_decay, x.erase))
     P = HV if on_value_heads else H
-    forms = _forms(x)
     arguments = {
         **_arguments(x),
         **forms,
@@ -144,10 +143,12 @@ def gated_delta_step(
     B, T, HV, V = x.v.shape
     states = state.contiguous()
     out = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
-    BV = min(_STEP_BV, triton.next_power_of_2(V))
+    forms = _forms(x)
+    sizes = _sizes(x, forms)
+    BV = min(sizes.step_BV, triton.next_power_of_2(V))
     arguments = {
         **_arguments(x),
-        **_forms(x),
+        **forms,
         "state": states,
         "state_indices": state_indices,
         "out": out,
@@ -157,7 +158,7 @@ def gated_delta_step(
         "BV": BV,
         "INDEXED": state_indices is not None,
     }
-    _launch(step, (B * HV * triton.cdiv(V, BV),), arguments, warps=4)
+    _launch(step, (B * HV * triton.cdiv(V, BV),), arguments, sizes.step_warps)
     if states is not state:
         state.copy_(states)
     return out
@@ -224,6 +225,12 @@ def _arguments(x: Operands) -> dict[str, Any]:
         "K": x.q.shape[3],
         "V": x.v.shape[3],
     }
+
+
+def _sizes(x: Operands, forms: dict[str, int]) -> Sizes:
+    decay = "channel" if forms["DECAY"] == 2 else "head"
+    K, V = x.q.shape[3], x.v.shape[3]
+    return sizes_of(decay, K, V, x.q.dtype, capability(x.q.device))
 
 
 def _forms(x: Operands) -> dict[str, int]:

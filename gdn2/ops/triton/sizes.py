@@ -1,22 +1,44 @@
-"""Tiles and warps of the kernels, from one table.
+"""Tiles and warps of the kernels, from the table in sizes.csv.
 
-The order of every sum depends on them, so they depend on channels, dtype and device, and never on
-how many tokens, heads or sequences there are. Chosen by what compiles without spilling registers
-(`make compile-check`); none of it has been timed on a GPU yet.
+The order of every sum depends on them, so they depend on the form of the decay, channels, dtype and
+device, and never on how many tokens, heads or sequences there are. `make tune` measures them on a
+GPU and writes the table; until then a row is what compiles without spilling registers
+(`make compile-check`).
 """
 
+import csv
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-INTERPRETER = 0  # compute capability of the CPU
+FILE = Path(__file__).with_name("sizes.csv")
+INTERPRETER = 0  # capability of the CPU
+
+
+class Key(NamedTuple):
+    """What a row is for.
+
+    Attributes:
+        capability: that of the device, times ten, or of an older one.
+        width: bytes of an operand.
+        decay: "channel", or "head" where there is one a head or none.
+        K, V: at most so many channels.
+    """
+
+    capability: int
+    width: int
+    decay: str
+    K: int
+    V: int
 
 
 class Sizes(NamedTuple):
-    """C tokens a chunk; BK key channels at a time to prepare; BV value channels of one scan.
+    """C tokens a chunk; segments of L tokens, a multiple of C, that are scanned at the same time.
 
-    Segments of L tokens, a multiple of C, are scanned at the same time.
+    BK key channels at a time to prepare and to merge; BV value channels of one scan, step_BV of one
+    program that decodes.
     """
 
     C: int
@@ -27,31 +49,46 @@ class Sizes(NamedTuple):
     scan_warps: int
     scan_stages: int
     merge_warps: int
+    step_BV: int
+    step_warps: int
 
 
-TABLE = {  # (least compute capability * 10, bytes of an operand, most key channels)
-    (90, 2, 64): Sizes(64, 8192, 32, 8, 64, 4, 2, 8),
-    (90, 2, 128): Sizes(64, 8192, 32, 8, 64, 8, 2, 8),
-    (90, 2, 256): Sizes(32, 8192, 32, 4, 16, 4, 1, 8),
-    (90, 4, 64): Sizes(32, 8192, 16, 4, 16, 4, 1, 8),
-    (90, 4, 256): Sizes(16, 8192, 16, 4, 32, 8, 1, 8),
-    (80, 2, 128): Sizes(32, 8192, 32, 4, 32, 4, 2, 8),
-    (80, 2, 256): Sizes(32, 8192, 32, 4, 16, 4, 1, 8),
-    (80, 4, 64): Sizes(32, 8192, 16, 4, 16, 4, 1, 8),
-    (80, 4, 256): Sizes(16, 8192, 16, 4, 16, 4, 1, 8),
-    (INTERPRETER, 2, 256): Sizes(16, 64, 16, 4, 32, 4, 1, 4),
-    (INTERPRETER, 4, 256): Sizes(16, 64, 16, 4, 32, 4, 1, 4),
-}
+Table = dict[Key, Sizes]
 
 
-def sizes_of(K: int, dtype: torch.dtype, capability: int) -> Sizes:
-    """The row for the newest device that is no newer than this one, and the fewest channels."""
+def read(path: Path) -> Table:
+    table = {}
+    with path.open(newline="") as file:
+        for row in list(csv.reader(file))[1:]:
+            values: list[Any] = [int(x) if x.isdigit() else x for x in row]
+            table[Key(*values[: len(Key._fields)])] = Sizes(*values[len(Key._fields) :])
+    return table
+
+
+def write(table: Table, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Key._fields, *Sizes._fields])
+        writer.writerows([*key, *sizes] for key, sizes in sorted(table.items()))
+
+
+def nearest(table: Table, want: Key) -> Key:
+    """The row for the newest device that is no newer, and then for the fewest channels."""
     fitting = [
-        (-least, most, sizes)
-        for (least, width, most), sizes in TABLE.items()
-        if least <= capability and width == dtype.itemsize and most >= K
+        (-key.capability, key.K, key.V, key)
+        for key in table
+        if key.capability <= want.capability
+        and (key.width, key.decay) == (want.width, want.decay)
+        and key.K >= want.K
+        and key.V >= want.V
     ]
-    return min(fitting)[2]
+    return min(fitting)[-1]
+
+
+@cache
+def sizes_of(decay: str, K: int, V: int, dtype: torch.dtype, capability: int) -> Sizes:
+    table = read(FILE)
+    return table[nearest(table, Key(capability, dtype.itemsize, decay, K, V))]
 
 
 @cache
