@@ -1,4 +1,4 @@
-"""Draw docs/cpu_speed.png from results.csv: the operator beside other code, and over length.
+"""Draw the operator's rows of results.csv: docs/cpu_speed.png and docs/gpu_speed.png.
 
 Of rows that differ only in when they were measured, the last counts.
 """
@@ -15,20 +15,21 @@ from matplotlib.figure import Figure
 from benchmarks.gated_delta_rule import SUITES, Case
 from benchmarks.timing import add_csv
 
-PICTURE = Path(__file__).parents[1] / "docs" / "cpu_speed.png"
+DOCS = Path(__file__).parents[1] / "docs"
 DIRECTIONS = ("forward", "forward+backward")
 OURS = "chunked"
-Times = Mapping[tuple[str, str, str], float]  # least ms by case, backend, direction
+Key = tuple[str, str, str]  # case, backend, direction
+Times = Mapping[Key, float]  # least ms
 
 
-def read(path: Path, device: str | None) -> tuple[Times, str]:
-    """The operator's rows of one device, and the device: that of the file's last row, if None."""
+def read(path: Path, script: str, column: str = "min_ms") -> tuple[Times, str]:
+    """A column of a script's rows, of the last device that ran it, and that device."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["script"] == "gated_delta_rule.py"]
-    device = device or rows[-1]["device"]
-    rows = [row for row in rows if row["device"] == device]
+        rows = [row for row in csv.DictReader(file) if row["script"] == script]
+    device = rows[-1]["device"] if rows else ""
+    rows = [row for row in rows if row["device"] == device and row[column]]
     key = "case", "backend", "direction"
-    return {tuple(row[name] for name in key): float(row["min_ms"]) for row in rows}, device
+    return {tuple(row[name] for name in key): float(row[column]) for row in rows}, device
 
 
 def draw(times: Times, path: Path, title: str) -> None:
@@ -73,15 +74,54 @@ def _draw_length(axes: Axes, times: Times, cases: Sequence[Case]) -> None:
     axes.legend()
 
 
+def draw_gpu(times: Times, shares: Times, path: Path, title: str) -> None:
+    members = list(dict.fromkeys(c.partition(":")[0] for c, _, way in times if way == "forward"))
+    figure = Figure(figsize=(5 * len(members) + 4, 5), layout="constrained")
+    figure.suptitle(title)
+    *sequences, steps = figure.subplots(1, len(members) + 1)
+    for axes, member in zip(sequences, members, strict=True):
+        keys = [key for key in times if key[0].startswith(f"{member}: ") and key[2] == "forward"]
+        _draw_sequences(axes, times, shares, keys)
+        axes.set(title=member, xlabel="forward, ms; beside it: share of a copy of its bytes")
+    for backend in dict.fromkeys(name for _, name, direction in times if direction == "step"):
+        of_backend = [key for key in shares if key[1:] == (backend, "step")]
+        batches = [int(case.partition("B=")[2].split()[0]) for case, *_ in of_backend]
+        steps.plot(batches, [shares[key] for key in of_backend], marker="o", label=backend)
+        steps.legend()
+    steps.set_xscale("log", base=2)
+    steps.set(xlabel="batch, decoding", ylabel="share of a copy of the states", ylim=(0, 1))
+    steps.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_sequences(axes: Axes, times: Times, shares: Times, keys: Sequence[Key]) -> None:
+    cases = list(dict.fromkeys(case for case, *_ in keys))
+    backends = list(dict.fromkeys(name for _, name, _ in keys))
+    for shift, backend in enumerate(backends):
+        mine = [key for key in keys if key[1] == backend]
+        at = [cases.index(case) + 0.4 * shift for case, *_ in mine]
+        drawn = axes.barh(at, [times[key] for key in mine], 0.38, label=backend)
+        axes.bar_label(drawn, [f"{shares[key]:.0%}" for key in mine], padding=2, fontsize=7)
+    axes.set_yticks([i + 0.2 for i in range(len(cases))], [c.partition(": ")[2] for c in cases])
+    axes.tick_params("y", labelsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.legend(fontsize=7)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     add_csv(parser)
-    parser.add_argument("--device", help="default: that of the last row")
-    parser.add_argument("--png", type=Path, default=PICTURE, help="default: docs/cpu_speed.png")
+    parser.add_argument("--to", type=Path, default=DOCS, metavar="FOLDER", help="default: docs")
     args = parser.parse_args(argv)
-    times, device = read(args.csv, args.device)
-    draw(times, args.png, device)
-    print(f"wrote {args.png}")
+    times, device = read(args.csv, "gated_delta_rule.py")
+    draw(times, args.to / "cpu_speed.png", device)
+    print(f"wrote {args.to / 'cpu_speed.png'}")
+    times, device = read(args.csv, "gpu.py", "median_ms")
+    if times:
+        shares, _ = read(args.csv, "gpu.py", "share_of_copy")
+        draw_gpu(times, shares, args.to / "gpu_speed.png", device)
+        print(f"wrote {args.to / 'gpu_speed.png'}")
     return 0
 
 
