@@ -81,26 +81,38 @@ def cases() -> list[Case]:
 
 
 def compile_case(case: Case) -> list[Row]:
-    """The kernels of a long sequence and of a single token."""
-    H, T = case.heads, 2**16
-    state = torch.empty(1, H, case.channels, case.channels, device="meta")
-    with mock.patch.object(launch, "capability", return_value=case.capability):
-        launches = record(lambda: launch.gated_delta_rule(operands(case, T), 1.0, state, None))
-        launches += record(lambda: launch.gated_delta_step(operands(case, 1), 1.0, state, None))
-    x, weight, last = (
-        torch.empty(1, *shape, dtype=torch.bfloat16, device="meta")
-        for shape in ((1, H * case.channels), (H * case.channels, 4), (H * case.channels, 3))
+    state = torch.empty(1, case.heads, case.channels, case.channels, device="meta")
+    return compile_calls(case, operands(case, 2**16, FORMS[case.mixer]), state, None)
+
+
+def compile_calls(
+    case: Case, x: Operands, state: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> list[Row]:
+    """The kernels of a long sequence, and of a single token."""
+    token = x.map(lambda t: t[:, :1])
+    slots = torch.empty(1, dtype=torch.int64, device="meta") if len(state) > 1 else None
+    channels = case.heads * case.channels
+    inputs, weight, last = (
+        torch.empty(shape, dtype=x.q.dtype, device="meta")
+        for shape in ((1, 1, channels), (channels, 4), (len(state), channels, 3))
     )
-    launches += record(lambda: launch.causal_conv_step(x, weight[0], None, True, last, None))
+    with mock.patch.object(launch, "capability", return_value=case.capability):
+        launches = record(lambda: launch.gated_delta_rule(x, 1.0, state, cu_seqlens))
+        launches += record(lambda: launch.gated_delta_step(token, 1.0, state, slots))
+        launches += record(lambda: launch.causal_conv_step(inputs, weight, None, True, last, slots))
     return [compile_launch(case, *one) for one in launches]
 
 
-def operands(case: Case, T: int) -> Operands:
-    def tensor(form: str | None, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def operands(
+    case: Case, T: int, form: tuple[str | None, ...], dtype: torch.dtype = torch.bfloat16
+) -> Operands:
+    def tensor(form: str | None, dtype: torch.dtype = dtype) -> torch.Tensor | None:
+        if form is None:
+            return None
         shape = (1, T, case.heads, case.channels)[: 3 if form == "head" else 4]
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    decay, erase, write = FORMS[case.mixer]
+    decay, erase, write = form
     q, k, v = (tensor("channel") for _ in range(3))
     return Operands(q, k, v, tensor(decay, torch.float32), tensor(erase), tensor(write))
 

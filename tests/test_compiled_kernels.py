@@ -1,12 +1,16 @@
 """The Triton kernels compile for GPUs that are not here, as the committed table says."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -43,3 +47,27 @@ def test_kernels_fit_and_do_not_spill():
         assert row.wgmma + row.mma > 0 or row.kernel in WITHOUT_PRODUCTS, row
         if row.capability == 90 and row.kernel not in {"merge", *WITHOUT_PRODUCTS}:
             assert row.wgmma > 0, row
+
+
+def compile_form(form: tuple[str | None, ...]) -> list[compiled_kernels.Row]:
+    """A form of decay, erase and write, in bfloat16 and in float32, whole and packed, grouped."""
+    rows = []
+    for dtype, channels, packed in ((torch.bfloat16, 128, False), (torch.float32, 64, True)):
+        case = compiled_kernels.Case("any", 4, channels, 90)
+        x = compiled_kernels.operands(case, 2**16, form, dtype)
+        bounds = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
+        state = torch.empty(4 if packed else 1, 4, channels, channels, device="meta")
+        rows += compiled_kernels.compile_calls(case, x, state, bounds)
+    return rows
+
+
+@pytest.mark.slow
+def test_every_form_of_gates_compiles():
+    """What the interpreter takes, the compiler may not."""
+    forms = list(itertools.product((None, "head", "channel"), repeat=3))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        rows = [row for rows in processes.map(compile_form, forms) for row in rows]
+    assert len(rows) == 2 * len(forms) * len(KERNELS - {"prepare_under_head_decay"})
+    for row in rows:
+        assert row.shared <= compiled_kernels.SHARED[90], row
+        assert row.spills <= 2, row
