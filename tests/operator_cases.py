@@ -215,5 +215,20 @@ def assert_no_worse(
         assert worst <= allowed, f"{name}: error {worst:.2e}, allowed {allowed:.2e}"
 
 
+def assert_rounded_no_worse(
+    got: dict[str, Tensor], *, than: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
+    """Half precision: every result's error is at most 1.5 times that of `than`, root mean square.
+
+    Where two algorithms round different things, the largest error of one draw is luck.
+    """
+    assert got.keys() == truth.keys() == than.keys()
+    for name, true in truth.items():
+        mine, other = (
+            (x[name].double() - true.double()).square().mean().sqrt().item() for x in (got, than)
+        )
+        assert mine <= 1.5 * other, f"{name}: error {mine:.2e}, {mine / other:.2f} of {other:.2e}"
+
+
 def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
     assert torch.equal(a, b), f"{what} differ by up to {(a.double() - b.double()).abs().max():.2e}"
