@@ -57,12 +57,14 @@ EXAMPLES = """examples:
 
 def sequences(member: str, shapes: Sequence[tuple[int, int, int]], K: int) -> list[Case]:
     forms = DTYPES | MEMBERS[member]
-    return [Case(member, B, T, H, K, K, member=member, **forms) for B, T, H in shapes]
+    kind, of_decay = (str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+    title = f"{member} in {kind}, log_decay {of_decay}"
+    return [Case(title, B, T, H, K, K, member=member, **forms) for B, T, H in shapes]
 
 
 def decoding(member: str, B: int, K: int) -> Case:
     (case,) = sequences(member, [(B, 1, 16)], K)
-    return replace(case, title=f"decode, {member}, batch {B}")
+    return replace(case, title=f"step of {case.title}")
 
 
 def copy_rate(device: torch.device, size: int = COPIED) -> float:

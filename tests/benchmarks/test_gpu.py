@@ -46,8 +46,11 @@ def test_every_suite_adds_its_rows(tiny, capsys):
     code, rows = tiny()
     assert code == 0
     names = [(row["case"].partition(":")[0], row["backend"], row["direction"]) for row in rows]
-    members = [(m, name, "forward") for m in gpu.MEMBERS for name in ("triton", "peer")]
-    steps = [("decode, gdn2, batch 1", name, "step") for name in ("triton", "peer step")]
+    dtypes = "in float16, log_decay float32"
+    members = [
+        (f"{m} {dtypes}", name, "forward") for m in gpu.MEMBERS for name in ("triton", "peer")
+    ]
+    steps = [(f"step of gdn2 {dtypes}", name, "step") for name in ("triton", "peer step")]
     assert names == members + steps
     assert all(row["share_of_copy"] for row in rows)
     text = capsys.readouterr().out
@@ -60,7 +63,10 @@ def test_what_is_wrong_is_named_and_not_timed(tiny, monkeypatch, capsys):
     code, rows = tiny("kda")
     assert code == 1
     assert [row["backend"] for row in rows] == ["triton"]
-    assert "kda: B=1 T=20 H=2 K=16 V=16: peer is wrong by 1.0e+00" in capsys.readouterr().err
+    assert (
+        "log_decay float32: B=1 T=20 H=2 K=16 V=16: peer is wrong by 1.0e+00"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_suite_is_refused(capsys):
