@@ -76,7 +76,7 @@ def inputs_of(case: Case, **options) -> dict:
 
 
 def forward(inputs: dict, case: Case, backend: str = "triton") -> dict:
-    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=DEVICE)
+    cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
     names = ("out", "new_state")
     results = gated_delta_rule(**inputs, scale=case.scale, cu_seqlens=cu_seqlens, backend=backend)
     return dict(zip(names, results, strict=True))

@@ -35,7 +35,7 @@ class Pieces(NamedTuple):
         most = T // L + N
         first = torch.zeros_like(cu_seqlens)
         first[1:] = ((cu_seqlens.diff() + L - 1) // L).clamp(min=1).cumsum(0)
-        piece = torch.arange(most, device=cu_seqlens.device)
+        piece = torch.arange(most, dtype=first.dtype, device=first.device)
         sequence = torch.searchsorted(first, piece, right=True).clamp(max=N) - 1
         return cls(most, sequence, first)
 
