@@ -141,7 +141,8 @@ def measure_decoding(
     of_states = 4 * case.B * case.H * case.K * case.V
     sets = max(2, -(-ROTATED // of_states))
     shape = (sets, case.B, case.H, case.K, case.V)
-    gates = {"log_decay": log_decay, "erase": erase, "write": write}
+    gates, out = {"log_decay": log_decay, "erase": erase, "write": write}, torch.empty_like(v)
+    _check_step(case, operands)
 
     def ours(states: Tensor) -> None:
         for state in states:
@@ -149,7 +150,7 @@ def measure_decoding(
 
     def peer(kernel: Callable, states: Tensor) -> None:
         for state in states:
-            kernel(q, k, v, log_decay, erase, write, initial_state=state, output_final_state=True)
+            kernel(q, k, v, log_decay, erase, write, initial_state=state, out=out)
 
     calls = {"triton": _replayed(ours, torch.zeros(shape, device=device))}
     for name, kernel in kernels.items():
@@ -163,6 +164,22 @@ def measure_decoding(
     return timings
 
 
+def _check_step(case: Case, operands: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError unless a step of ours gives what the chunked backend gives."""
+    q, k, v, log_decay, erase, write = operands
+    gates = {"log_decay": log_decay, "erase": erase, "write": write}
+    state = torch.randn(case.B, case.H, case.K, case.V, device=q.device)
+    with torch.no_grad():
+        got, want = (
+            gated_delta_step(q, k, v, **gates, state=state.clone(), backend=name)
+            for name in ("triton", "chunked")
+        )
+    for mine, other in zip(got, want, strict=True):
+        wrong = ((mine - other).float().square().mean() / other.float().square().mean()).sqrt()
+        if not wrong < LARGEST_ERROR:
+            raise RuntimeError(f"a step is wrong by {wrong:.1e}")
+
+
 def _replayed(function: Callable[[Tensor], None], states: Tensor) -> Callable[[], object]:
     """The calls as a CUDA graph: without what the host needs to launch them."""
     with torch.no_grad():
@@ -173,7 +190,12 @@ def _replayed(function: Callable[[Tensor], None], states: Tensor) -> Callable[[]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function(states)
-    return graph.replay
+
+    def replay() -> Tensor:
+        graph.replay()
+        return states  # which the graph itself does not keep alive
+
+    return replay
 
 
 def show(rows: Sequence[Timing], errors: dict[str, float]) -> None:

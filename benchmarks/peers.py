@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 from torch import Tensor
@@ -41,13 +42,14 @@ def load_kernels(member: str) -> dict[str, Rule]:
 
 
 def load_step_kernel() -> dict[str, Callable]:
-    """flash-linear-attention's decoding kernel of GDN-2, as it is; empty if not installed."""
+    """flash-linear-attention's decoding kernel of GDN-2, in place; empty if not installed."""
     try:
         version = importlib.metadata.version("fla-core")
-        from fla.ops.gdn2 import fused_recurrent_gdn2
+        from fla.ops.gdn2.fused_recurrent import fused_recurrent_gdn2_fwd
     except ImportError:
         return {}
-    return {f"fla {version} fused_recurrent_gdn2": fused_recurrent_gdn2}
+    step = partial(fused_recurrent_gdn2_fwd, inplace_final_state=True)
+    return {f"fla {version} fused_recurrent_gdn2": step}
 
 
 def _load_fla(member: str) -> dict[str, Rule]:

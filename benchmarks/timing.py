@@ -66,9 +66,13 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _seconds_on_a_gpu(call: Callable[[], object]) -> float:
-    """Between two events, after a write that leaves nothing else in the cache."""
+    """Between two events, after a write that leaves nothing else in the cache.
+
+    Then the GPU waits about a millisecond, in which the host can launch what is timed.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(2**28, dtype=torch.int8, device="cuda").zero_()
+    torch.cuda._sleep(2_000_000)
     start.record()
     call()
     end.record()

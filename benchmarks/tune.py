@@ -74,7 +74,9 @@ def mean(row: Sizes, cases: Sequence[Case], time: Callable[[Case], float]) -> fl
     try:
         with mock.patch.object(launch, "sizes_of", return_value=row):
             return statistics.geometric_mean(map(time, cases))
-    except (TritonError, RuntimeError) as error:  # does not compile, or does not fit
+    except (TritonError, RuntimeError) as error:  # does not compile, fit, or is wrong
+        if "CUDA error" in str(error):  # nothing runs any more
+            raise
         print(f"  {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         return math.inf
 
@@ -125,9 +127,9 @@ def main(
         ):
             timed = partial(time, rounds=args.rounds, device=where)
             found = search(found, candidates, partial(mean, cases=cases, time=timed))
-        table[key] = found
-        write(table, args.table)
-        print(f"wrote {key} to {args.table}", flush=True)
+            table[key] = found
+            write(table, args.table)
+            print(f"wrote {key} to {args.table}", flush=True)
     return 0
 
 

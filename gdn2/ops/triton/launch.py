@@ -145,7 +145,8 @@ def gated_delta_step(
     out = torch.empty(x.v.shape, dtype=x.q.dtype, device=x.q.device)
     forms = _forms(x)
     sizes = _sizes(x, forms)
-    BV = min(sizes.step_BV, triton.next_power_of_2(V))
+    KP, BV = triton.next_power_of_2(x.k.shape[-1]), min(sizes.step_BV, triton.next_power_of_2(V))
+    warps = min(sizes.step_warps, KP * BV // 32)  # no two threads have one number of the state
     arguments = {
         **_arguments(x),
         **forms,
@@ -154,11 +155,11 @@ def gated_delta_step(
         "out": out,
         "T": T,
         "scale": scale,
-        "KP": triton.next_power_of_2(x.k.shape[-1]),
+        "KP": KP,
         "BV": BV,
         "INDEXED": state_indices is not None,
     }
-    _launch(step, (B * HV * triton.cdiv(V, BV),), arguments, sizes.step_warps)
+    _launch(step, (B * HV * triton.cdiv(V, BV),), arguments, warps)
     if states is not state:
         state.copy_(states)
     return out
