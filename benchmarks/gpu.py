@@ -4,7 +4,8 @@ The calls of a case take turns in one process, and the cache is emptied before e
 timed, its outputs for two heads are compared with float64. The share of copy is how fast the bytes
 that must move at least (operands once, outputs once; in decoding states in and out) would have to
 be copied to take as long, over the rate at which this run copies. Each case's rows are added to the
-CSV file as soon as they are measured.
+CSV file as soon as they are measured. flash-linear-attention tunes its kernels at the first call of
+each number of channels and heads, which takes minutes.
 
 gdn2, kda, gated_deltanet   sequences: bfloat16, log_decay in float32, K=V=128 and 64
 decode                      a token of GDN-2, on states that rotate beyond the cache
@@ -51,7 +52,8 @@ ROTATED = 2**29  # bytes of states at least: several times a GPU's cache
 LARGEST_ERROR = 0.02  # root mean square, relative: bfloat16 operands give 0.005
 EXAMPLES = """examples:
   python -m benchmarks.gpu
-  python -m benchmarks.gpu gdn2 decode --rounds 50
+  python -m benchmarks.gpu gdn2 --channels 128 --csv /tmp/results.csv
+  python -m benchmarks.gpu decode kernels --rounds 50
 """
 
 
@@ -241,6 +243,9 @@ def main(
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
     )
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=CHANNELS, metavar="K", help="default: 128 64"
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
     add_csv(parser)
     args = parse(parser, argv)
@@ -255,7 +260,7 @@ def main(
     options = {"rounds": args.rounds, "device": where, "rate": rate}
 
     for suite in args.suites or SUITES:
-        channels = CHANNELS if suite in MEMBERS else ()
+        channels = args.channels if suite in MEMBERS else ()
         for case in [case for K in channels for case in sequences(suite, shapes, K)]:
             rows, errors = measure_sequence(case, **options)
             wrong = {name: x for name, x in errors.items() if not x < LARGEST_ERROR}
@@ -264,11 +269,13 @@ def main(
                 show(rows, errors)
                 append(rows, args.csv, where, Path(__file__).name)
         for B in batches if suite == "decode" else ():
-            rows = measure_decoding(decoding("gdn2", B, CHANNELS[0]), load_step_kernel(), **options)
+            rows = measure_decoding(
+                decoding("gdn2", B, args.channels[0]), load_step_kernel(), **options
+            )
             show(rows, {})
             append(rows, args.csv, where, Path(__file__).name)
         for member in MEMBERS if suite == "kernels" else ():
-            show_kernels(sequences(member, shapes, CHANNELS[0])[0], where, rate)
+            show_kernels(sequences(member, shapes, args.channels[0])[0], where, rate)
     for line in failed:
         print(line, file=sys.stderr)
     return int(bool(failed))
