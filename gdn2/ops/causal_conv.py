@@ -16,6 +16,7 @@ from gdn2.ops.contract import (
     check_no_tangent,
     check_state_indices,
 )
+from gdn2.ops.in_place import on_slots, refuse_gradients
 
 ACTIVATIONS = (None, "silu")
 
@@ -98,13 +99,7 @@ def causal_conv_step(
         ValueError: a shape or the activation breaks the contract. RuntimeError: a gradient is
             asked for. NotImplementedError: the backend that is named can not serve the call.
     """
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, state)
-    ):
-        raise RuntimeError(
-            "causal_conv_step updates the state in place and has no gradient: "
-            "call causal_conv, or decode under torch.no_grad()"
-        )
+    refuse_gradients("causal_conv_step", "causal_conv", (x, weight, bias, state))
     if x.ndim not in (2, 3) or weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(
             "x and weight must be [B, D] or [B, T, D] and [D, W], got "
@@ -113,8 +108,6 @@ def causal_conv_step(
     if state_indices is not None:
         check_state_indices(state_indices, x)
     _check(weight, len(x if state_indices is None else state), bias, activation, state)
-    if x.numel() == 0:
-        return x.clone(), state
     if resolve_backend(backend, x) == "triton":
         tokens = x.unsqueeze(1) if x.ndim == 2 else x
         run = triton_operators().causal_conv_step
@@ -122,21 +115,21 @@ def causal_conv_step(
     elif state_indices is None:
         y = _advance(x, weight, bias, activation, state)
     else:
-        live = (state_indices >= 0).nonzero().squeeze(1)
-        slots = state_indices[live].long()
-        rows, y = state[slots], torch.zeros_like(x)
-        y[live] = _advance(x[live], weight, bias, activation, rows)
-        state[slots] = rows
+        y = on_slots(
+            state,
+            state_indices,
+            lambda live, states: _advance(x[live], weight, bias, activation, states),
+        )
     return y, state
 
 
 def _advance(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor
 ) -> Tensor:
-    new, dtype = (
-        x.unsqueeze(2) if x.ndim == 2 else x.mT,
-        torch.promote_types(x.dtype, torch.float32),
-    )
+    if x.numel() == 0:
+        return x.clone()
+    new = x.unsqueeze(2) if x.ndim == 2 else x.mT
+    dtype = torch.promote_types(x.dtype, torch.float32)
     seen = torch.cat([state, new.to(state.dtype)], dim=-1)  # [B, D, W - 1 + T]
     if x.ndim == 2:
         y = (seen.to(dtype) * weight.to(dtype)).sum(-1)

@@ -6,7 +6,6 @@ channels, N sequences (B, or the number of packed ones). Equation numbers are th
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from gdn2.ops import chunked, reference, step
@@ -18,6 +17,7 @@ from gdn2.ops.contract import (
     check_state,
     check_state_indices,
 )
+from gdn2.ops.in_place import refuse_gradients
 
 MAX_STEP_TOKENS = 16
 
@@ -112,11 +112,7 @@ def gated_delta_step(
         ValueError: the contract is broken. RuntimeError: a gradient is asked for.
     """
     x = Operands(q, k, v, log_decay, erase, write)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*x, state)):
-        raise RuntimeError(
-            "gated_delta_step updates the state in place and has no gradient: "
-            "call gated_delta_rule, or decode under torch.no_grad()"
-        )
+    refuse_gradients("gated_delta_step", "gated_delta_rule", (*x, state))
     one_token = q.ndim == 3
     if one_token:
         x = x.map(lambda t: t.unsqueeze(1))

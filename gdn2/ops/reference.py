@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.contract import Operands, no_autocast, state_dtype
+from gdn2.ops.in_place import on_slots
 
 
 def gated_delta_rule(
@@ -38,11 +39,11 @@ def gated_delta_step(
         out, last = _token_loop(x, scale, state)
         state.copy_(last)
         return out
-    live = (state_indices >= 0).nonzero().squeeze(1)
-    slots = state_indices[live].long()
-    out = torch.zeros_like(x.v)
-    out[live], state[slots] = _token_loop(x.map(lambda t: t[live]), scale, state[slots])
-    return out
+    return on_slots(
+        state,
+        state_indices,
+        lambda live, states: gated_delta_step(x.map(lambda t: t[live]), scale, states, None),
+    )
 
 
 def _token_loop(x: Operands, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:

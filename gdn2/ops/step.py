@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.contract import Operands, in_parts, no_autocast
-from gdn2.ops.library import register_step
+from gdn2.ops.in_place import on_slots, register_step
 
 _CACHED = 3 * 2**17  # numbers of the states that operations take turns on: a megabyte and a half
 Advance = Callable[[Operands, float, Tensor, Tensor | None], Tensor]
@@ -54,21 +54,15 @@ def _advance_all(x: Operands, scale: float, state: Tensor, state_indices: Tensor
         if state_indices is None:
             out = _advance(x, scale, state)
         else:
-            out = _advance_slots(x, scale, state, state_indices)
+            out = on_slots(
+                state,
+                state_indices,
+                lambda live, states: _advance(x.map(lambda t: t[live]), scale, states),
+            )
     return out.to(x.q.dtype)
 
 
 _step = register_advance("gated_delta_step", _advance_all)
-
-
-def _advance_slots(x: Operands, scale: float, state: Tensor, state_indices: Tensor) -> Tensor:
-    live = (state_indices >= 0).nonzero().squeeze(1)
-    slots = state_indices[live].long()
-    rows = state[slots]
-    out = torch.zeros_like(x.v, dtype=state.dtype)
-    out[live] = _advance(x.map(lambda t: t[live]), scale, rows)
-    state[slots] = rows
-    return out
 
 
 def _advance(x: Operands, scale: float, state: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gdn2.ops import chunked
 from gdn2.ops.contract import Operands, check_no_tangent
-from gdn2.ops.library import register_step
+from gdn2.ops.in_place import register_step
 from gdn2.ops.step import register_advance
 from gdn2.ops.triton import launch
 
@@ -28,18 +28,6 @@ def gated_delta_step(
 ) -> Tensor:
     """Advance `state` in place over the T tokens and return the outputs [B, T, HV, V]."""
     return _step(*x, scale, state, state_indices)
-
-
-def causal_conv_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    state: Tensor,
-    state_indices: Tensor | None,
-) -> Tensor:
-    """Advance `state` in place over the T tokens of x and return the outputs [B, T, D]."""
-    return _conv_step(x, weight, bias, silu, state, state_indices)
 
 
 @torch.library.custom_op("gdn2::triton_gated_delta_rule", mutates_args=())
@@ -88,7 +76,7 @@ _rule.register_autograd(_differentiate, setup_context=_save)
 
 
 _step = register_advance("triton_gated_delta_step", launch.gated_delta_step)
-_conv_step = register_step(
+causal_conv_step = register_step(
     "triton_causal_conv_step",
     launch.causal_conv_step,
     lambda x, *_: x.new_empty(x.shape),
