@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ from benchmarks.timing import Timing, add_csv, append, command_line, interleaved
 from gdn2.ops import gated_delta_rule
 
 CHUNK = 64  # of the useful FLOPs, whatever the backend uses
+TIED = {"erase": "head", "write": "head"}
+MEMBERS: dict[str, dict[str, Any]] = {  # gate forms that are not per channel
+    "gdn2": {},
+    "kda": TIED,
+    "gated_deltanet": {"decay": "head", **TIED},
+}
 EXAMPLES = """examples:
   python -m benchmarks.gated_delta_rule
   python -m benchmarks.gated_delta_rule forms --rounds 20 --threads 1
@@ -86,17 +93,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "speed": (
         Case("gdn2", 1, 2048, 4, member="gdn2", loop=True),
         Case("gdn2", 2, 4096, 8, loop=True, backward=False),
-        Case("kda", 1, 2048, 4, erase="head", write="head", member="kda"),
-        Case(
-            "gated_deltanet",
-            1,
-            2048,
-            4,
-            decay="head",
-            erase="head",
-            write="head",
-            member="gated_deltanet",
-        ),
+        *(Case(m, 1, 2048, 4, **MEMBERS[m], member=m) for m in ("kda", "gated_deltanet")),
     ),
     "forms": (
         FORMS,
@@ -141,28 +138,21 @@ def measure(
 
 
 def implementations(case: Case) -> dict[str, Rule]:
+    names = ("chunked", "reference") if case.loop else ("chunked",)
+    rules = {name: ours(case, name) for name in names}
+    return rules | (load_peers(case.member) if case.member else {})
+
+
+def ours(case: Case, backend: str) -> Rule:
     bounds = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
 
-    def ours(backend: str) -> Rule:
-        def rule(q, k, v, log_decay, erase, write):
-            return gated_delta_rule(
-                q,
-                k,
-                v,
-                log_decay=log_decay,
-                erase=erase,
-                write=write,
-                scale=case.K**-0.5,
-                cu_seqlens=None if bounds is None else bounds.to(q.device),
-                backend=backend,
-            )[0]
+    def rule(q, k, v, log_decay, erase, write):
+        gates = {"log_decay": log_decay, "erase": erase, "write": write}
+        cu_seqlens = None if bounds is None else bounds.to(q.device)
+        options = {"scale": case.K**-0.5, "cu_seqlens": cu_seqlens, "backend": backend}
+        return gated_delta_rule(q, k, v, **gates, **options)[0]
 
-        return rule
-
-    rules = {"chunked": ours("chunked")}
-    if case.loop:
-        rules["reference"] = ours("reference")
-    return rules | (load_peers(case.member) if case.member else {})
+    return rule
 
 
 def _call(case: Case, rule: Rule, direction: str, device: torch.device) -> Callable[[], object]:
@@ -224,19 +214,13 @@ def show(timings: Sequence[Timing]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, suites: Mapping[str, Sequence[Case]] = SUITES) -> int:
-    parser = command_line("gated_delta_rule", __doc__, EXAMPLES)
-    parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(suites)}; default: all"
-    )
+    parser = command_line("gated_delta_rule", __doc__, EXAMPLES, suites)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default: 10")
     add_csv(parser)
     args = parse(parser, argv)
-    for suite in args.suites:
-        if suite not in suites:
-            parser.error(f"there is no suite {suite!r}, only {', '.join(suites)}")
     device = torch.device(args.device)
-    for suite in args.suites or suites:
+    for suite in args.suites:
         timings = measure(suites[suite], rounds=args.rounds, device=device)
         show(timings)
         append(timings, args.csv, device, Path(__file__).name)

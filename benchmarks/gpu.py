@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gated_delta_rule import Case, operands_of
+from benchmarks.gated_delta_rule import MEMBERS, Case, operands_of, ours
 from benchmarks.peers import load_kernels, load_step_kernel
 from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
-from gdn2.ops import gated_delta_rule, gated_delta_step
+from gdn2.ops import gated_delta_step
 
 SHAPES = (  # B, T, H
     (8, 2048, 16),
@@ -40,12 +41,6 @@ SHAPES = (  # B, T, H
 CHANNELS = (128, 64)
 DTYPES: dict[str, Any] = {"dtype": torch.bfloat16, "decay_dtype": torch.float32}
 BATCHES = (1, 4, 16, 64, 128, 256, 512)
-TIED = {"erase": "head", "write": "head"}
-MEMBERS: dict[str, dict[str, Any]] = {
-    "gdn2": {},
-    "kda": TIED,
-    "gated_deltanet": {"decay": "head", **TIED},
-}
 SUITES = (*MEMBERS, "decode", "kernels")
 COPIED = 2**32  # bytes, of the copy that others are compared with
 ROTATED = 2**29  # bytes of states at least: several times a GPU's cache
@@ -86,7 +81,7 @@ def measure_sequence(
         operands[5] = operands[4]  # peers have one gate for both
     calls: dict[str, Callable[[], Tensor]] = {}
     errors, peaks = {}, {}
-    for name, rule in {"triton": ours(case), **load_kernels(case.member or "")}.items():
+    for name, rule in {"triton": ours(case, "triton"), **load_kernels(case.member or "")}.items():
         call = torch.no_grad()(lambda rule=rule: rule(*operands))
         started = time.perf_counter()
         errors[name] = error(call(), operands, case)
@@ -103,19 +98,11 @@ def measure_sequence(
     return rows, errors
 
 
-def ours(case: Case) -> Callable[..., Tensor]:
-    def rule(q, k, v, log_decay, erase, write, backend="triton"):
-        gates = {"log_decay": log_decay, "erase": erase, "write": write}
-        return gated_delta_rule(q, k, v, **gates, scale=case.K**-0.5, backend=backend)[0]
-
-    return rule
-
-
 def error(out: Tensor, operands: Sequence[Tensor | None], case: Case) -> float:
     """Root mean square of two heads' error, relative; the truth is the chunked rule in float64."""
     few = [None if x is None else x[:1, :, :2].double() for x in operands]
     with torch.no_grad():
-        truth = ours(case)(*few, backend="chunked")
+        truth = ours(case, "chunked")(*few)
     difference = out[:1, :, :2].double() - truth
     return (difference.square().mean() / truth.square().mean()).sqrt().item()
 
@@ -144,20 +131,13 @@ def measure_decoding(
     sets = max(2, -(-ROTATED // of_states))
     shape = (sets, case.B, case.H, case.K, case.V)
     gates, out = {"log_decay": log_decay, "erase": erase, "write": write}, torch.empty_like(v)
-    _check_step(case, operands)
-
-    def ours(states: Tensor) -> None:
-        for state in states:
-            gated_delta_step(q, k, v, **gates, scale=case.K**-0.5, state=state, backend="triton")
-
-    def peer(kernel: Callable, states: Tensor) -> None:
-        for state in states:
-            kernel(q, k, v, log_decay, erase, write, initial_state=state, out=out)
-
-    calls = {"triton": _replayed(ours, torch.zeros(shape, device=device))}
+    step = partial(gated_delta_step, q, k, v, **gates, scale=case.K**-0.5)
+    _check_step(step, torch.randn(shape[1:], device=device))
+    steps = {"triton": lambda state: step(state=state, backend="triton")}
     for name, kernel in kernels.items():
-        states = torch.zeros(shape, device=device)
-        calls[name] = _replayed(lambda x, kernel=kernel: peer(kernel, x), states)
+        peer = partial(kernel, *operands, out=out)
+        steps[name] = lambda state, peer=peer: peer(initial_state=state)
+    calls = {name: _replayed(s, torch.zeros(shape, device=device)) for name, s in steps.items()}
     timings = []
     for name, seconds in zip(calls, interleaved(list(calls.values()), rounds, device), strict=True):
         of_a_step = [t / sets for t in seconds]
@@ -166,32 +146,32 @@ def measure_decoding(
     return timings
 
 
-def _check_step(case: Case, operands: Sequence[Tensor | None]) -> None:
+def _check_step(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor) -> None:
     """Raise RuntimeError unless a step of ours gives what the chunked backend gives."""
-    q, k, v, log_decay, erase, write = operands
-    gates = {"log_decay": log_decay, "erase": erase, "write": write}
-    state = torch.randn(case.B, case.H, case.K, case.V, device=q.device)
     with torch.no_grad():
-        got, want = (
-            gated_delta_step(q, k, v, **gates, state=state.clone(), backend=name)
-            for name in ("triton", "chunked")
-        )
+        got, want = (step(state=state.clone(), backend=name) for name in ("triton", "chunked"))
     for mine, other in zip(got, want, strict=True):
         wrong = ((mine - other).float().square().mean() / other.float().square().mean()).sqrt()
         if not wrong < LARGEST_ERROR:
             raise RuntimeError(f"a step is wrong by {wrong:.1e}")
 
 
-def _replayed(function: Callable[[Tensor], None], states: Tensor) -> Callable[[], object]:
-    """The calls as a CUDA graph: without what the host needs to launch them."""
+def _replayed(step: Callable[[Tensor], object], states: Tensor) -> Callable[[], object]:
+    """A step on each state, as a CUDA graph: without what the host needs to launch them."""
+
+    @torch.no_grad()
+    def steps() -> None:
+        for state in states:
+            step(state)
+
     with torch.no_grad():
-        function(states[:1])
-        if states.device.type != "cuda":
-            return torch.no_grad()(lambda: function(states))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function(states)
+        step(states[0])
+    if states.device.type != "cuda":
+        return steps
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
 
     def replay() -> Tensor:
         graph.replay()
@@ -217,7 +197,7 @@ def show(rows: Sequence[Timing], errors: dict[str, float]) -> None:
 def show_kernels(case: Case, device: torch.device, rate: float) -> None:
     """Ours alone: time of each kernel, as the profiler sees it."""
     operands, _ = operands_of(case, device)
-    call = torch.no_grad()(lambda: ours(case)(*operands))
+    call = torch.no_grad()(lambda: ours(case, "triton")(*operands))
     call()
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
@@ -239,27 +219,20 @@ def main(
     batches: Sequence[int] = BATCHES,
     device: str = "cuda",
 ) -> int:
-    parser = command_line("gpu", __doc__, EXAMPLES)
-    parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
-    )
+    parser = command_line("gpu", __doc__, EXAMPLES, SUITES)
+    parser.set_defaults(device=device)
     parser.add_argument(
         "--channels", type=int, nargs="+", default=CHANNELS, metavar="K", help="default: 128 64"
     )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
     add_csv(parser)
     args = parse(parser, argv)
-    for suite in args.suites:
-        if suite not in SUITES:
-            parser.error(f"there is no suite {suite!r}, only {', '.join(SUITES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device")
     where, failed = torch.device(device), []
     rate = copy_rate(where, COPIED if device == "cuda" else 2**20)
     print(f"a copy moves {rate / 1e12:.2f} TB/s")
     options = {"rounds": args.rounds, "device": where, "rate": rate}
 
-    for suite in args.suites or SUITES:
+    for suite in args.suites:
         channels = args.channels if suite in MEMBERS else ()
         for case in [case for K in channels for case in sequences(suite, shapes, K)]:
             rows, errors = measure_sequence(case, **options)

@@ -30,8 +30,7 @@ def load_peers(member: str) -> dict[str, Rule]:
 
 def load_kernels(member: str) -> dict[str, Rule]:
     """flash-linear-attention's kernels for a GPU; empty if it is not installed."""
-    operator = {"gated_deltanet": "gated_delta_rule"}.get(member, member)
-    gates = _untied if member == "gdn2" else _tied
+    operator, gates = _fla_form(member)
     try:
         version = importlib.metadata.version("fla-core")
         module = importlib.import_module(f"fla.ops.{operator}")
@@ -52,10 +51,15 @@ def load_step_kernel() -> dict[str, Callable]:
     return {f"fla {version} fused_recurrent_gdn2": step}
 
 
-def _load_fla(member: str) -> dict[str, Rule]:
+def _fla_form(member: str) -> tuple[str, Callable[[Callable], Rule]]:
+    """What flash-linear-attention calls the operator, and how its gates are passed."""
     operator = {"gated_deltanet": "gated_delta_rule"}.get(member, member)
+    return operator, _untied if member == "gdn2" else _tied
+
+
+def _load_fla(member: str) -> dict[str, Rule]:
+    operator, gates = _fla_form(member)
     naive = _load_file("fla-core", f"fla/ops/{operator}/naive.py")
-    gates = _untied if member == "gdn2" else _tied
     names = (f"naive_recurrent_{operator}", f"naive_chunk_{operator}")
     return {f"fla {name}": gates(getattr(naive, name)) for name in names}
 

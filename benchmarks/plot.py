@@ -22,11 +22,13 @@ Key = tuple[str, str, str]  # case, backend, direction
 Times = Mapping[Key, float]  # least ms
 
 
-def read(path: Path, script: str, column: str = "min_ms") -> tuple[Times, str]:
-    """A column of a script's rows, of the last device that ran it, and that device."""
+def read(
+    path: Path, script: str, device: str | None = None, column: str = "min_ms"
+) -> tuple[Times, str]:
+    """A column of a script's rows of one device, and the device: the last to run it, if None."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["script"] == script]
-    device = rows[-1]["device"] if rows else ""
+    device = device or (rows[-1]["device"] if rows else "")
     rows = [row for row in rows if row["device"] == device and row[column]]
     key = "case", "backend", "direction"
     return {tuple(row[name] for name in key): float(row[column]) for row in rows}, device
@@ -78,7 +80,7 @@ def draw_gpu(times: Times, shares: Times, path: Path, title: str) -> None:
     members = list(dict.fromkeys(c.partition(":")[0] for c, _, way in times if way == "forward"))
     figure = Figure(figsize=(5 * len(members) + 4, 5), layout="constrained")
     figure.suptitle(title)
-    *sequences, steps = figure.subplots(1, len(members) + 1)
+    *sequences, steps = figure.subplots(1, len(members) + 1, squeeze=False)[0]
     for axes, member in zip(sequences, members, strict=True):
         keys = [key for key in times if key[0].startswith(f"{member}: ") and key[2] == "forward"]
         _draw_sequences(axes, times, shares, keys)
@@ -112,16 +114,20 @@ def _draw_sequences(axes: Axes, times: Times, shares: Times, keys: Sequence[Key]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     add_csv(parser)
+    parser.add_argument("--device", metavar="NAME", help="default: that of a script's last row")
     parser.add_argument("--to", type=Path, default=DOCS, metavar="FOLDER", help="default: docs")
     args = parser.parse_args(argv)
-    times, device = read(args.csv, "gated_delta_rule.py")
-    draw(times, args.to / "cpu_speed.png", device)
-    print(f"wrote {args.to / 'cpu_speed.png'}")
-    times, device = read(args.csv, "gpu.py", "median_ms")
+    times, device = read(args.csv, "gated_delta_rule.py", args.device)
     if times:
-        shares, _ = read(args.csv, "gpu.py", "share_of_copy")
-        draw_gpu(times, shares, args.to / "gpu_speed.png", device)
+        draw(times, args.to / "cpu_speed.png", device)
+        print(f"wrote {args.to / 'cpu_speed.png'}")
+    on_gpu, device = read(args.csv, "gpu.py", args.device, "median_ms")
+    if on_gpu:
+        shares, _ = read(args.csv, "gpu.py", args.device, "share_of_copy")
+        draw_gpu(on_gpu, shares, args.to / "gpu_speed.png", device)
         print(f"wrote {args.to / 'gpu_speed.png'}")
+    if not times and not on_gpu:
+        parser.error(f"{args.csv} has no rows to draw")
     return 0
 
 

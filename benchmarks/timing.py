@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +136,10 @@ def show_table(table: Table) -> None:
     Console(width=None if Console().is_terminal else WIDE).print(table)
 
 
-def command_line(name: str, doc: str | None, examples: str) -> argparse.ArgumentParser:
-    """A parser for ``python -m benchmarks.name``, with --threads."""
+def command_line(
+    name: str, doc: str | None, examples: str, suites: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser for ``python -m benchmarks.name``, with --threads and the choice of suites."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=doc,
@@ -147,12 +149,27 @@ def command_line(name: str, doc: str | None, examples: str) -> argparse.Argument
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: torch's"
     )
+    known = list(suites)
+    names = ", ".join(known)
+
+    def suite(name: str) -> str:
+        if name in known:
+            return name
+        raise argparse.ArgumentTypeError(f"there is no suite {name!r}, only {names}")
+
+    if known:
+        text = f"{names}; default: all"
+        parser.add_argument(
+            "suites", nargs="*", type=suite, default=known, metavar="SUITE", help=text
+        )
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Every number must be at least 1; as many threads as asked for are used from here on."""
+    """Every number must be at least 1, and the device be there; sets the number of threads."""
     args = parser.parse_args(argv)
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
     for name, value in vars(args).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int) and number < 1:

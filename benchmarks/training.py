@@ -248,23 +248,17 @@ SUITES: Mapping[str, tuple[Callable[[Plan], list[Timing]], Sequence[int]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command_line("training", __doc__, EXAMPLES)
-    parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
-    )
+    parser = command_line("training", __doc__, EXAMPLES, SUITES)
     parser.add_argument("--preset", metavar="NAME", help="whose sizes; default: 20 M parameters")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="T", help="default: the suite's")
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="a step; 8192")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     add_csv(parser)
     args = parse(parser, argv)
-    suites = args.suites or list(SUITES)
-    for suite in suites:
-        if suite not in SUITES:
-            parser.error(f"there is no suite {suite!r}, only {', '.join(SUITES)}")
+    for suite in args.suites:
         if suite != "attention" and any(args.tokens % T for T in args.lengths or SUITES[suite][1]):
             parser.error(f"{suite}: every length must divide the tokens of a step, {args.tokens}")
-    if "compile" in suites and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+    if "compile" in args.suites and not shutil.which(compiler := os.environ.get("CXX", "g++")):
         print(f"compile needs a C++ compiler, and there is no {compiler}", file=sys.stderr)
         return 1
     keep_freed_memory()
@@ -272,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.vocab_size > LARGEST_VOCABULARY:
         print(f"a vocabulary of {LARGEST_VOCABULARY} for all models, not {config.vocab_size}")
         config.vocab_size = LARGEST_VOCABULARY
-    for suite in suites:
+    for suite in args.suites:
         measure, lengths = SUITES[suite]
         lengths = args.lengths or lengths
         timings = measure(Plan(args.preset or "20m", config, lengths, args.tokens, args.rounds))

@@ -1,10 +1,10 @@
 """Find the sizes of the Triton kernels on this GPU, and write them to the table.
 
-For each form of decay and number of channels: one field after the other, every value is tried and
-the best is kept, until a round changes nothing. What counts is the geometric mean of the forward
-pass over some shapes (of a decoding step over some batches), relative to the row that the table has
-now. What does not compile, or gives wrong outputs, is passed over. Other bits come out where sizes
-change: commit the table, and run `make compile-check` with --write.
+For each form of decay and number of channels, from the table's nearest row on: one field after the
+other, every value is tried and the best is kept, until a round changes nothing. What counts is the
+geometric mean of the milliseconds that the forward pass takes on some shapes (a decoding step, on
+some batches). What does not compile, or gives wrong outputs, is passed over. Other bits come out
+where sizes change: commit the table, and run `make compile-check` with --write.
 
 channel-128, channel-64, head-128, head-64   K=V=128 or 64, decay per channel or per head; bfloat16
 """
@@ -21,7 +21,7 @@ import torch
 from triton.errors import TritonError
 
 from benchmarks import gpu
-from benchmarks.gated_delta_rule import Case, operands_of
+from benchmarks.gated_delta_rule import Case, operands_of, ours
 from benchmarks.timing import command_line, interleaved, parse
 from gdn2.ops.triton import launch
 from gdn2.ops.triton.sizes import FILE, Key, Sizes, capability, nearest, read, write
@@ -29,7 +29,7 @@ from gdn2.ops.triton.sizes import FILE, Key, Sizes, capability, nearest, read, w
 # One number of heads, which the kernels are compiled for: (6, 8192, 16) is as much as 96 heads.
 SHAPES = ((8, 2048, 16), (2, 8192, 16), (1, 16_384, 16), (1, 65_536, 16), (6, 8192, 16))
 BATCHES = (1, 64)
-MEMBERS = {"channel": "gdn2", "head": "gated_deltanet"}
+MEMBER_OF_DECAY = {"channel": "gdn2", "head": "gated_deltanet"}
 SUITES = ("channel-128", "channel-64", "head-128", "head-64")
 Candidates = dict[str, tuple[int, ...]]
 OF_SEQUENCES: Candidates = {
@@ -84,7 +84,7 @@ def mean(row: Sizes, cases: Sequence[Case], time: Callable[[Case], float]) -> fl
 
 def time_sequence(case: Case, rounds: int, device: torch.device) -> float:
     operands, _ = operands_of(case, device)
-    call = torch.no_grad()(lambda: gpu.ours(case)(*operands))
+    call = torch.no_grad()(lambda: ours(case, "triton")(*operands))
     wrong = gpu.error(call(), operands, case)
     if not wrong < gpu.LARGEST_ERROR:
         raise RuntimeError(f"the outputs are wrong by {wrong:.1e}")
@@ -103,25 +103,18 @@ def main(
     batches: Sequence[int] = BATCHES,
     device: str = "cuda",
 ) -> int:
-    parser = command_line("tune", __doc__, EXAMPLES)
-    parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
-    )
+    parser = command_line("tune", __doc__, EXAMPLES, SUITES)
+    parser.set_defaults(device=device)
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default: 10")
     parser.add_argument("--table", type=Path, default=FILE, help="default: the library's own")
     args = parse(parser, argv)
-    for suite in args.suites:
-        if suite not in SUITES:
-            parser.error(f"there is no suite {suite!r}, only {', '.join(SUITES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device")
     where = torch.device(device)
     table = read(args.table if args.table.exists() else FILE)
-    for suite in args.suites or SUITES:
+    for suite in args.suites:
         print(suite)
         decay, _, channels = suite.partition("-")
         key = Key(capability(where), 2, decay, int(channels), int(channels))
-        member, found = MEMBERS[decay], table[nearest(table, key)]
+        member, found = MEMBER_OF_DECAY[decay], table[nearest(table, key)]
         for candidates, cases, time in (
             (OF_SEQUENCES, gpu.sequences(member, shapes, key.K), time_sequence),
             (OF_STEPS, [gpu.decoding(member, B, key.K) for B in batches], time_step),

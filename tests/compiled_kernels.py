@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 import triton.backends.nvidia
+from operator_cases import MEMBERS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -33,11 +34,6 @@ TABLE = Path(__file__).with_suffix(".csv")
 COMPARED = "3.6"  # versions of Triton compile differently
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have
-FORMS = {  # decay, erase, write
-    "gdn2": ("channel", "channel", "channel"),
-    "kda": ("channel", "head", "head"),
-    "gated_deltanet": ("head", "head", "head"),
-}
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -75,14 +71,14 @@ def cases() -> list[Case]:
         (mixer, model.num_heads, model.head_k_dim)
         for model in models
         for mixer in model.mixers
-        if mixer in FORMS
+        if mixer in MEMBERS
     }
     return [Case(*size, capability) for size in sorted(sizes) for capability in SHARED]
 
 
 def compile_case(case: Case) -> list[Row]:
     state = torch.empty(1, case.heads, case.channels, case.channels, device="meta")
-    return compile_calls(case, operands(case, 2**16, FORMS[case.mixer]), state, None)
+    return compile_calls(case, operands(case, 2**16, MEMBERS[case.mixer]), state, None)
 
 
 def compile_calls(

@@ -1,6 +1,8 @@
-"""Backends of torch.compile that a test runs with: the second where there is a C++ compiler."""
+"""What compiles a test's code here: backends of torch.compile, and Triton or its interpreter."""
 
 import shutil
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,3 +13,7 @@ BACKENDS = [
         marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
     ),
 ]
+
+
+def interpreted() -> bool:
+    return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret

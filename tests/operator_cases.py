@@ -16,6 +16,11 @@ C = chunked.CHUNK
 PYTORCH_BACKENDS = ("chunked", "reference")
 FORMS = (None, "head", "channel")
 GATE_FORMS = list(itertools.product(FORMS, FORMS, FORMS))  # decay, erase, write
+MEMBERS = {
+    "gdn2": ("channel", "channel", "channel"),
+    "kda": ("channel", "head", "head"),
+    "gated_deltanet": ("head", "head", "head"),
+}
 LAYOUTS = {
     "batch": {"B": 2, "T": 2 * C + 7},
     "value_groups": {"B": 1, "T": C + 5, "H": 2, "HV": 4},

@@ -3,7 +3,15 @@ import csv
 import pytest
 import torch
 
-from benchmarks.gated_delta_rule import SUITES, Case, _call, implementations, main, measure
+from benchmarks.gated_delta_rule import (
+    MEMBERS,
+    SUITES,
+    Case,
+    _call,
+    implementations,
+    main,
+    measure,
+)
 from benchmarks.peers import load_peers
 
 TINY = (
@@ -35,11 +43,9 @@ def test_every_implementation_is_timed_in_every_direction():
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("member", ["gdn2", "kda", "gated_deltanet"])
+@pytest.mark.parametrize("member", MEMBERS)
 def test_peers_compute_the_same(member):
-    tied = {} if member == "gdn2" else {"erase": "head", "write": "head"}
-    decay = {"decay": "head"} if member == "gated_deltanet" else {}
-    case = Case(member, 1, 64, 2, K=16, V=16, member=member, backward=False, **tied, **decay)
+    case = Case(member, 1, 64, 2, K=16, V=16, member=member, backward=False, **MEMBERS[member])
     peers = load_peers(member)
     if not any(name.startswith("fla") for name in peers):
         pytest.skip("fla-core is not installed: make peers")

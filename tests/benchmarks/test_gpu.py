@@ -1,15 +1,15 @@
 """The benchmark of the kernels, rehearsed in Triton's interpreter at sizes of nothing."""
 
 import csv
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
+from compilers import interpreted
 
 from benchmarks import gpu
+from gdn2.ops import gated_delta_rule
 
-if find_spec("triton") is None or not import_module("triton").knobs.runtime.interpret:
+if not interpreted():
     pytest.skip("needs triton, and TRITON_INTERPRET=1", allow_module_level=True)
 pytestmark = pytest.mark.triton
 
@@ -34,7 +34,7 @@ def tiny(monkeypatch, tmp_path):
 
 def peer(q, k, v, log_decay, erase, write):
     gates = {"log_decay": log_decay, "erase": erase, "write": write}
-    return gpu.gated_delta_rule(q, k, v, **gates, scale=q.shape[-1] ** -0.5)[0]
+    return gated_delta_rule(q, k, v, **gates, scale=q.shape[-1] ** -0.5)[0]
 
 
 def peer_step(*operands, initial_state, out):

@@ -1,5 +1,7 @@
 import csv
 
+import pytest
+
 from benchmarks.gated_delta_rule import SUITES
 from benchmarks.plot import main, read
 
@@ -25,11 +27,13 @@ def write_rows(path):
     return cases
 
 
-def test_the_last_rows_of_the_last_device_count(tmp_path):
+def test_the_last_rows_of_a_device_count(tmp_path):
     cases = write_rows(tmp_path / "results.csv")
     times, device = read(tmp_path / "results.csv", SCRIPT)
     assert device == "machine"
     assert times[cases[0], "chunked", "forward"] == 2.0
+    times, _ = read(tmp_path / "results.csv", SCRIPT, "other")
+    assert times == {(cases[0], "chunked", "forward"): 1.0}
 
 
 def test_pictures_are_drawn(tmp_path, capsys):
@@ -47,3 +51,18 @@ def test_pictures_are_drawn(tmp_path, capsys):
     assert main(words) == 0
     assert (tmp_path / "gpu_speed.png").read_bytes().startswith(b"\x89PNG")
     assert "gpu_speed.png" in capsys.readouterr().out
+
+
+def test_a_picture_is_drawn_where_the_device_has_rows(tmp_path, capsys):
+    path = tmp_path / "results.csv"
+    write_rows(path)
+    with path.open("a", newline="") as file:
+        row = ("2000-01-01", "gpu", "gpu.py", "step: B=4 T=1", "triton", "step", 2.0, 2.5, 0.5)
+        csv.writer(file).writerow(row)
+    words = ["--csv", str(path), "--to", str(tmp_path), "--device"]
+    assert main([*words, "gpu"]) == 0
+    assert [png.name for png in tmp_path.glob("*.png")] == ["gpu_speed.png"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "last"])
+    assert stop.value.code == 2
+    assert "no rows to draw" in capsys.readouterr().err

@@ -1,13 +1,12 @@
 """The search for sizes, rehearsed in Triton's interpreter."""
 
 import math
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
+from compilers import interpreted
 
-if find_spec("triton") is None or not import_module("triton").knobs.runtime.interpret:
+if not interpreted():
     pytest.skip("needs triton, and TRITON_INTERPRET=1", allow_module_level=True)
 
 from benchmarks import gpu, tune

@@ -7,6 +7,7 @@ import torch
 from operator_cases import (
     GATE_FORMS,
     LAYOUTS,
+    MEMBERS,
     Case,
     assert_no_worse,
     assert_rounded_no_worse,
@@ -27,11 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-MEMBERS = {
-    "gdn2": ("channel", "channel", "channel"),
-    "kda": ("channel", "head", "head"),
-    "gated_deltanet": ("head", "head", "head"),
-}
 REAL = {"K": 128, "V": 128}
 
 

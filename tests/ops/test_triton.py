@@ -6,16 +6,16 @@ CUDA device, at larger sizes where they take a size.
 """
 
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 from compilers import BACKENDS as COMPILERS
+from compilers import interpreted
 from operator_cases import (
     EXTREMES,
     GATE_FORMS,
     LAYOUTS,
+    MEMBERS,
     Case,
     assert_no_worse,
     assert_rounded_no_worse,
@@ -31,11 +31,6 @@ from operator_cases import (
 
 from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step, triton
 from gdn2.ops.triton.sizes import INTERPRETER, capability, sizes_of
-
-
-def interpreted() -> bool:
-    return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret
-
 
 DEVICE = "cpu" if interpreted() else "cuda"
 ON_GPU = DEVICE == "cuda" and torch.cuda.is_available()
@@ -127,9 +122,9 @@ def test_extreme_gates_stay_right(extreme, decay):
 
 @pytest.mark.parametrize(("K", "V"), CHANNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", [("channel",) * 3, ("channel", "head", "head"), ("head",) * 3])
-def test_half_precision_is_no_worse_than_rounded_operands(form, layout, K, V, half):
-    case = Case(*form, **LAYOUTS[layout], K=K, V=V)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_half_precision_is_no_worse_than_rounded_operands(member, layout, K, V, half):
+    case = Case(*MEMBERS[member], **LAYOUTS[layout], K=K, V=V)
     for seed in range(2):
         inputs = inputs_of(case, seed=seed)
         inputs = {n: x.to(half) if n in ("q", "k", "v") else x for n, x in inputs.items()}
