@@ -1,15 +1,16 @@
 """Time the Triton kernels on a GPU, beside flash-linear-attention's and beside a copy of bytes.
 
 The calls of a case take turns in one process, and the cache is emptied before each. Before one is
-timed, its outputs for two heads are compared with float64. The share of copy is how fast the bytes
-that must move at least (operands once, outputs once; in decoding states in and out) would have to
-be copied to take as long, over the rate at which this run copies. Each case's rows are added to the
-CSV file as soon as they are measured. flash-linear-attention tunes its kernels at the first call of
-each number of channels and heads, which takes minutes.
+timed, its outputs and gradients for two heads are compared with float64. The share of copy is how
+fast the bytes that must move at least (operands and outputs once, and their gradients; in decoding
+states in and out) would have to be copied to take as long, over the rate at which this run copies.
+The peak is of memory beyond operands and results. Each case's rows are added to the CSV file as
+soon as they are measured. flash-linear-attention tunes its kernels at the first call of each number
+of channels and heads, which takes minutes.
 
-gdn2, kda, gated_deltanet   sequences: bfloat16, log_decay in float32, K=V=128 and 64
+gdn2, kda, gated_deltanet   sequences, forward and with backward: bfloat16, log_decay in float32
 decode                      a token of GDN-2, on states that rotate beyond the cache
-kernels                     what each kernel of ours takes, of one case per member
+kernels                     what each kernel of ours takes, there and back, of one case per member
 """
 
 import sys
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gated_delta_rule import MEMBERS, Case, operands_of, ours
-from benchmarks.peers import load_kernels, load_step_kernel
+from benchmarks.peers import Rule, load_kernels, load_step_kernel
 from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
 from gdn2.ops import gated_delta_step
 
@@ -74,46 +75,83 @@ def copy_rate(device: torch.device, size: int = COPIED) -> float:
 
 def measure_sequence(
     case: Case, *, rounds: int, device: torch.device, rate: float
-) -> tuple[list[Timing], dict[str, float]]:
-    """Rows, and the error of every implementation; those with a large one are not timed."""
+) -> tuple[list[Timing], dict[tuple[str, str], float]]:
+    """Rows, and errors by direction and implementation; what has a large one is not timed."""
     operands, _ = operands_of(case, device)
     if case.erase == "head":
         operands[5] = operands[4]  # peers have one gate for both
-    calls: dict[str, Callable[[], Tensor]] = {}
-    errors, peaks = {}, {}
-    for name, rule in {"triton": ours(case, "triton"), **load_kernels(case.member or "")}.items():
-        call = torch.no_grad()(lambda rule=rule: rule(*operands))
-        started = time.perf_counter()
-        errors[name] = error(call(), operands, case)
-        print(f"  {name}: first call {time.perf_counter() - started:.1f} s", flush=True)
-        if errors[name] < LARGEST_ERROR:
-            calls[name], peaks[name] = call, _peak_mb(call, device)
-    tensors = {id(x): x for x in operands if x is not None}.values()
-    moved = sum(x.nbytes for x in tensors) + operands[2].nbytes
-    rows = []
-    for name, seconds in zip(calls, interleaved(list(calls.values()), rounds, device), strict=True):
-        share = moved / rate / min(seconds)
-        row = Timing.of(case, name, "forward", seconds)
-        rows.append(row._replace(share_of_copy=share, peak_mb=peaks[name]))
+    upstream = torch.randn_like(operands[2])
+    rules = {"triton": ours(case, "triton"), **load_kernels(case.member or "")}
+    moved = nbytes(operands) + operands[2].nbytes  # operands and outputs
+    rows, errors = [], {}
+    for direction, run in DIRECTIONS.items():
+        calls: dict[str, Callable[[], list[Tensor]]] = {}
+        peaks = {}
+        truth = run(ours(case, "chunked"), *first_heads(operands, upstream, double=True))
+        for name, rule in rules.items():
+            call = partial(run, rule, operands, upstream)
+            started = time.perf_counter()
+            results = first_heads(call(), upstream)[0]
+            errors[direction, name] = max(map(error, results, truth))
+            print(f"  {name}: first {direction} {time.perf_counter() - started:.1f} s", flush=True)
+            if errors[direction, name] < LARGEST_ERROR:
+                calls[name], peaks[name] = call, _peak_mb(call, device)
+        timed = interleaved(list(calls.values()), rounds, device)
+        for name, seconds in zip(calls, timed, strict=True):
+            share = moved / rate / min(seconds)
+            row = Timing.of(case, name, direction, seconds)
+            rows.append(row._replace(share_of_copy=share, peak_mb=peaks[name]))
+        moved *= 2  # and their gradients
     return rows, errors
 
 
-def error(out: Tensor, operands: Sequence[Tensor | None], case: Case) -> float:
-    """Root mean square of two heads' error, relative; the truth is the chunked rule in float64."""
-    few = [None if x is None else x[:1, :, :2].double() for x in operands]
-    with torch.no_grad():
-        truth = ours(case, "chunked")(*few)
-    difference = out[:1, :, :2].double() - truth
+@torch.no_grad()
+def forward(rule: Rule, operands: Sequence[Tensor | None], _: Tensor) -> list[Tensor]:
+    return [rule(*operands)]
+
+
+def forward_and_backward(
+    rule: Rule, operands: Sequence[Tensor | None], upstream: Tensor
+) -> list[Tensor]:
+    """The outputs, and the gradients of those operands that there are, each of one gate or two."""
+    unique = {id(x): x for x in operands if x is not None}
+    leaves = {key: x.detach().requires_grad_() for key, x in unique.items()}
+    out = rule(*(None if x is None else leaves[id(x)] for x in operands))
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)]
+
+
+DIRECTIONS = {"forward": forward, "forward+backward": forward_and_backward}
+
+
+def first_heads(
+    tensors: Sequence[Tensor | None], upstream: Tensor, *, double: bool = False
+) -> tuple[list[Any], Tensor]:
+    """Two heads of a sequence, in float64 on request; one tensor that comes twice stays one."""
+    cut: dict[int, Tensor] = {}
+    for x in (*tensors, upstream):
+        if x is not None and id(x) not in cut:
+            few = x[:1, :, :2]
+            cut[id(x)] = few.double() if double else few
+    return [None if x is None else cut[id(x)] for x in tensors], cut[id(upstream)]
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Root mean square, relative."""
+    difference = got.double() - truth
     return (difference.square().mean() / truth.square().mean()).sqrt().item()
 
 
-def _peak_mb(call: Callable[[], object], device: torch.device) -> float | None:
+def nbytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(x.nbytes for x in {id(x): x for x in tensors if x is not None}.values())
+
+
+def _peak_mb(call: Callable[[], list[Tensor]], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    results = nbytes(call())
+    return (torch.cuda.max_memory_allocated(device) - before - results) / 2**20
 
 
 def measure_decoding(
@@ -180,24 +218,28 @@ def _replayed(step: Callable[[Tensor], object], states: Tensor) -> Callable[[], 
     return replay
 
 
-def show(rows: Sequence[Timing], errors: dict[str, float]) -> None:
-    """Ratios are of medians, to the first row."""
-    case = rows[0].case
-    table = Table("backend", title=case.name, title_justify="left")
+def show(rows: Sequence[Timing], errors: Mapping[tuple[str, str], float]) -> None:
+    """Ratios are of medians, to the direction's first row."""
+    first: dict[str, Timing] = {}
+    table = Table("direction", "backend", title=rows[0].case.name, title_justify="left")
     for heading in ("min ms", "median ms", "ratio", "share of copy", "peak MB", "error"):
         table.add_column(heading, justify="right")
     for t in rows:
         peak = "" if t.peak_mb is None else f"{t.peak_mb:.0f}"
-        wrong = f"{errors[t.backend]:.1e}" if t.backend in errors else ""
-        times = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{t.median_ms / rows[0].median_ms:.2f}"
-        table.add_row(t.backend, *times, f"{t.share_of_copy:.1%}", peak, wrong)
+        key = t.direction, t.backend
+        wrong = f"{errors[key]:.1e}" if key in errors else ""
+        ratio = t.median_ms / first.setdefault(t.direction, t).median_ms
+        times = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{ratio:.2f}"
+        table.add_row(*key, *times, f"{t.share_of_copy:.1%}", peak, wrong)
     show_table(table)
 
 
 def show_kernels(case: Case, device: torch.device, rate: float) -> None:
     """Ours alone: time of each kernel, as the profiler sees it."""
     operands, _ = operands_of(case, device)
-    call = torch.no_grad()(lambda: ours(case, "triton")(*operands))
+    call = partial(
+        forward_and_backward, ours(case, "triton"), operands, torch.randn_like(operands[2])
+    )
     call()
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
@@ -206,7 +248,7 @@ def show_kernels(case: Case, device: torch.device, rate: float) -> None:
     table = Table("kernel", title=case.name, title_justify="left")
     table.add_column("us", justify="right")
     events = profiler.key_averages()
-    for event in sorted(events, key=lambda e: -e.device_time_total)[:8]:
+    for event in sorted(events, key=lambda e: -e.device_time_total)[:12]:
         table.add_row(event.key, f"{event.device_time_total / 10:.1f}")
     show_table(table)
     print(f"  {rate / 1e12:.2f} TB/s copied in this run", flush=True)
@@ -237,7 +279,7 @@ def main(
         for case in [case for K in channels for case in sequences(suite, shapes, K)]:
             rows, errors = measure_sequence(case, **options)
             wrong = {name: x for name, x in errors.items() if not x < LARGEST_ERROR}
-            failed += [f"{case.name}: {name} is wrong by {x:.1e}" for name, x in wrong.items()]
+            failed += [f"{case.name}: {' of '.join(n)} wrong by {x:.1e}" for n, x in wrong.items()]
             if rows:
                 show(rows, errors)
                 append(rows, args.csv, where, Path(__file__).name)

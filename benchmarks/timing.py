@@ -27,7 +27,7 @@ class Timing(NamedTuple):
     Attributes:
         share_of_mm: useful FLOPs per second, over those of torch.mm.
         share_of_copy: bytes that must move at least per second, over those of a copy.
-        peak_mb: memory that the call needs beyond its operands.
+        peak_mb: memory that the call needs beyond its operands and results.
     """
 
     case: Any

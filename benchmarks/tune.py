@@ -2,9 +2,10 @@
 
 For each form of decay and number of channels, from the table's nearest row on: one field after the
 other, every value is tried and the best is kept, until a round changes nothing. What counts is the
-geometric mean of the milliseconds that the forward pass takes on some shapes (a decoding step, on
-some batches). What does not compile, or gives wrong outputs, is passed over. Other bits come out
-where sizes change: commit the table, and run `make compile-check` with --write.
+geometric mean of the milliseconds that the pass forth (for sizes of the pass back, forth and back)
+takes on some shapes, or a decoding step on some batches. What does not compile, or gives wrong
+results, is passed over. Other bits come out where sizes change: commit the table, and run
+`make compile-check` with --write.
 
 channel-128, channel-64, head-128, head-64   K=V=128 or 64, decay per channel or per head; bfloat16
 """
@@ -32,7 +33,7 @@ BATCHES = (1, 64)
 MEMBER_OF_DECAY = {"channel": "gdn2", "head": "gated_deltanet"}
 SUITES = ("channel-128", "channel-64", "head-128", "head-64")
 Candidates = dict[str, tuple[int, ...]]
-OF_SEQUENCES: Candidates = {
+FORTH: Candidates = {
     "C": (32, 64),
     "BV": (16, 32, 64, 128),
     "scan_warps": (4, 8),
@@ -42,7 +43,15 @@ OF_SEQUENCES: Candidates = {
     "L": (2048, 4096, 8192, 16_384, 32_768),
     "merge_warps": (4, 8),
 }
-OF_STEPS: Candidates = {"step_BV": (8, 16, 32, 64), "step_warps": (1, 2, 4, 8)}
+BACK: Candidates = {
+    "back_BV": (16, 32, 64, 128),
+    "back_warps": (4, 8),
+    "back_stages": (1, 2, 3),
+    "gradients_BK": (16, 32, 64),
+    "gradients_BV": (32, 64, 128),
+    "gradients_warps": (4, 8),
+}
+STEPS: Candidates = {"step_BV": (8, 16, 32, 64), "step_warps": (1, 2, 4, 8)}
 EXAMPLES = """examples:
   python -m benchmarks.tune
   python -m benchmarks.tune channel-128 --table /tmp/sizes.csv
@@ -82,12 +91,14 @@ def mean(row: Sizes, cases: Sequence[Case], time: Callable[[Case], float]) -> fl
         return math.inf
 
 
-def time_sequence(case: Case, rounds: int, device: torch.device) -> float:
+def time_sequence(case: Case, rounds: int, device: torch.device, run: Callable) -> float:
     operands, _ = operands_of(case, device)
-    call = torch.no_grad()(lambda: ours(case, "triton")(*operands))
-    wrong = gpu.error(call(), operands, case)
+    upstream = torch.randn_like(operands[2])
+    call = partial(run, ours(case, "triton"), operands, upstream)
+    truth = run(ours(case, "chunked"), *gpu.first_heads(operands, upstream, double=True))
+    wrong = max(map(gpu.error, gpu.first_heads(call(), upstream)[0], truth))
     if not wrong < gpu.LARGEST_ERROR:
-        raise RuntimeError(f"the outputs are wrong by {wrong:.1e}")
+        raise RuntimeError(f"the results are wrong by {wrong:.1e}")
     return 1000 * statistics.median(interleaved([call], rounds, device)[0])
 
 
@@ -115,9 +126,11 @@ def main(
         decay, _, channels = suite.partition("-")
         key = Key(capability(where), 2, decay, int(channels), int(channels))
         member, found = MEMBER_OF_DECAY[decay], table[nearest(table, key)]
+        sequences = gpu.sequences(member, shapes, key.K)
         for candidates, cases, time in (
-            (OF_SEQUENCES, gpu.sequences(member, shapes, key.K), time_sequence),
-            (OF_STEPS, [gpu.decoding(member, B, key.K) for B in batches], time_step),
+            (FORTH, sequences, partial(time_sequence, run=gpu.forward)),
+            (BACK, sequences, partial(time_sequence, run=gpu.forward_and_backward)),
+            (STEPS, [gpu.decoding(member, B, key.K) for B in batches], time_step),
         ):
             timed = partial(time, rounds=args.rounds, device=where)
             found = search(found, candidates, partial(mean, cases=cases, time=timed))

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from gdn2 import presets
 from gdn2.ops.contract import Operands
-from gdn2.ops.triton import launch
+from gdn2.ops.triton import decode, launch, sequences
 
 TABLE = Path(__file__).with_suffix(".csv")
 COMPARED = "3.6"  # versions of Triton compile differently
@@ -84,7 +84,7 @@ def compile_case(case: Case) -> list[Row]:
 def compile_calls(
     case: Case, x: Operands, state: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> list[Row]:
-    """The kernels of a long sequence, and of a single token."""
+    """The kernels of a long sequence, there and back, and of a single token."""
     token = x.map(lambda t: t[:, :1])
     slots = torch.empty(1, dtype=torch.int64, device="meta") if len(state) > 1 else None
     channels = case.heads * case.channels
@@ -93,10 +93,21 @@ def compile_calls(
         for shape in ((1, 1, channels), (channels, 4), (len(state), channels, 3))
     )
     with mock.patch.object(launch, "capability", return_value=case.capability):
-        launches = record(lambda: launch.gated_delta_rule(x, 1.0, state, cu_seqlens))
-        launches += record(lambda: launch.gated_delta_step(token, 1.0, state, slots))
-        launches += record(lambda: launch.causal_conv_step(inputs, weight, None, True, last, slots))
-    return [compile_launch(case, *one) for one in launches]
+        launches = record(lambda: sequences.gated_delta_rule(x, 1.0, state, cu_seqlens))
+        upstream = torch.empty_like(x.v), state
+        launches += record(
+            lambda: sequences.gated_delta_rule_backward(x, 1.0, state, cu_seqlens, *upstream)
+        )
+        launches += record(lambda: decode.gated_delta_step(token, 1.0, state, slots))
+        launches += record(lambda: decode.causal_conv_step(inputs, weight, None, True, last, slots))
+    different = {label(kernel, arguments): (kernel, arguments) for kernel, arguments in launches}
+    return [compile_launch(case, *one) for one in different.values()]
+
+
+def label(kernel: Any, arguments: dict[str, Any]) -> str:
+    """A kernel's name and what it is launched for; the way back repeats some launches."""
+    finds = f" for {arguments['FIND']}" if "FIND" in arguments else ""
+    return kernel.__name__ + finds + " back" * arguments.get("BACK", False)
 
 
 def operands(
@@ -152,7 +163,7 @@ def compile_launch(case: Case, kernel: Any, arguments: dict[str, Any]) -> Row:
         sass = dump("--dump-sass", file.name)
     return Row(
         *case,
-        kernel=kernel.__name__ + " of transfers" * arguments.get("TRANSFER", False),
+        kernel=label(kernel, arguments),
         warps=options["num_warps"],
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=len(re.findall(r"\b(LDL|STL)\b", sass)),

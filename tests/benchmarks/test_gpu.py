@@ -48,13 +48,16 @@ def test_every_suite_adds_its_rows(tiny, capsys):
     names = [(row["case"].partition(":")[0], row["backend"], row["direction"]) for row in rows]
     dtypes = "in float16, log_decay float32"
     members = [
-        (f"{m} {dtypes}", name, "forward") for m in gpu.MEMBERS for name in ("triton", "peer")
+        (f"{m} {dtypes}", name, direction)
+        for m in gpu.MEMBERS
+        for direction in ("forward", "forward+backward")
+        for name in ("triton", "peer")
     ]
     steps = [(f"step of gdn2 {dtypes}", name, "step") for name in ("triton", "peer step")]
     assert names == members + steps
     assert all(row["share_of_copy"] for row in rows)
     text = capsys.readouterr().out
-    assert "first call" in text
+    assert "first forward+backward" in text
     assert text.count("TB/s copied in this run") == 3
 
 
@@ -62,11 +65,21 @@ def test_what_is_wrong_is_named_and_not_timed(tiny, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "load_kernels", lambda _: {"peer": lambda *x: 2 * peer(*x)})
     code, rows = tiny("kda")
     assert code == 1
-    assert [row["backend"] for row in rows] == ["triton"]
-    assert (
-        "log_decay float32: B=1 T=20 H=2 K=16 V=16: peer is wrong by 1.0e+00"
-        in capsys.readouterr().err
-    )
+    assert {row["backend"] for row in rows} == {"triton"}
+    case, text = "log_decay float32: B=1 T=20 H=2 K=16 V=16", capsys.readouterr().err
+    for direction in gpu.DIRECTIONS:
+        assert f"{case}: {direction} of peer wrong by 1.0e+00" in text
+
+
+def test_gradients_that_are_wrong_are_named(tiny, monkeypatch, capsys):
+    def half_the_gradient(q, *others):
+        return peer((q + q.detach()) / 2, *others)
+
+    monkeypatch.setattr(gpu, "load_kernels", lambda _: {"peer": half_the_gradient})
+    code, rows = tiny("gdn2")
+    assert code == 1
+    assert [row["direction"] for row in rows if row["backend"] == "peer"] == ["forward"]
+    assert "forward+backward of peer wrong by 5.0e-01" in capsys.readouterr().err
 
 
 def test_an_unknown_suite_is_refused(capsys):

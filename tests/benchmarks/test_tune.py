@@ -10,10 +10,10 @@ if not interpreted():
     pytest.skip("needs triton, and TRITON_INTERPRET=1", allow_module_level=True)
 
 from benchmarks import gpu, tune
-from gdn2.ops.triton.sizes import INTERPRETER, Key, Sizes, read
+from gdn2.ops.triton.sizes import INTERPRETER, Key, Sizes, read, sizes_of
 
 pytestmark = pytest.mark.triton
-START = Sizes(16, 64, 16, 4, 32, 4, 1, 4, 32, 4)
+START = sizes_of("channel", 16, 16, torch.float16, INTERPRETER)
 
 
 def test_descends_to_the_least():
@@ -43,8 +43,9 @@ def test_writes_rows_that_are_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "DTYPES", {"dtype": torch.float16, "decay_dtype": torch.float32})
     monkeypatch.setattr(gpu, "ROTATED", 2**15)
     monkeypatch.setattr(tune, "SUITES", ("channel-16", "head-16"))
-    monkeypatch.setattr(tune, "OF_SEQUENCES", {"C": (16, 32), "L": (32, 40)})
-    monkeypatch.setattr(tune, "OF_STEPS", {"step_BV": (16,)})
+    monkeypatch.setattr(tune, "FORTH", {"C": (16, 32), "L": (32, 40)})
+    monkeypatch.setattr(tune, "BACK", {"gradients_BV": (16,)})
+    monkeypatch.setattr(tune, "STEPS", {"step_BV": (16,)})
     path = tmp_path / "sizes.csv"
     words = ["--rounds", "1", "--table", str(path)]
     assert tune.main(words, shapes=[(1, 40, 2)], batches=[1], device="cpu") == 0
@@ -53,4 +54,6 @@ def test_writes_rows_that_are_found(tmp_path, monkeypatch, capsys):
         row = table[Key(INTERPRETER, 2, decay, 16, 16)]
         assert row.C in (16, 32)
         assert row.L % row.C == 0
-    assert "ms with C=32" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "ms with C=32" in text
+    assert text.count("ms with gradients_BV=16") == 2

@@ -1,4 +1,4 @@
-"""The Triton backend: the operator's guarantees, in Triton's interpreter or on a GPU.
+"""The Triton backend, forward and decoding: the operator's guarantees, interpreted or on a GPU.
 
 `make test` runs these apart, with TRITON_INTERPRET=1, on tensors of the CPU. The interpreter, with
 the roundings of tensor_cores.py, knows nothing of threads; `make test-gpu` runs the same tests on a
@@ -10,64 +10,22 @@ from functools import partial
 import pytest
 import torch
 from compilers import BACKENDS as COMPILERS
-from compilers import interpreted
 from operator_cases import (
-    EXTREMES,
     GATE_FORMS,
     LAYOUTS,
-    MEMBERS,
     Case,
     assert_no_worse,
-    assert_rounded_no_worse,
     assert_same_bits,
     cast,
     error,
-    extreme_inputs,
     make_inputs,
     put,
-    rounded_products,
-    run,
 )
+from triton_device import CHANNELS, DEVICE, MARKS, ON_GPU, SMALL, C, L, inputs_of
 
-from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step, triton
-from gdn2.ops.triton.sizes import INTERPRETER, capability, sizes_of
+from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step
 
-DEVICE = "cpu" if interpreted() else "cuda"
-ON_GPU = DEVICE == "cuda" and torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        not (interpreted() or ON_GPU), reason="needs triton, and a GPU or TRITON_INTERPRET=1"
-    ),
-]
-CAPABILITY = capability(torch.device(DEVICE)) if ON_GPU else INTERPRETER
-SIZES = sizes_of("channel", 16, 16, torch.float32, CAPABILITY)
-C, L = SIZES.C, SIZES.L
-SMALL = {"K": 16, "V": 16}
-CHANNELS = [(16, 16), (64, 64), (128, 128), (256, 128)] if ON_GPU else [(16, 16)]
-
-
-@pytest.fixture(autouse=True)
-def _rounding_of_a_gpu():
-    if interpreted():
-        from tensor_cores import tensor_cores
-
-        with tensor_cores():
-            yield
-    else:
-        yield
-
-
-@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
-def half(request, monkeypatch):
-    """With that rounding the interpreter may be trusted with bfloat16, which else is refused."""
-    if interpreted():
-        monkeypatch.setattr(triton, "_problem_here", lambda *_: None)
-    return request.param
-
-
-def inputs_of(case: Case, **options) -> dict:
-    return put(make_inputs(case, **{"dtype": torch.float32} | options), DEVICE)
+pytestmark = MARKS
 
 
 def forward(inputs: dict, case: Case, backend: str = "triton") -> dict:
@@ -108,34 +66,6 @@ def test_any_channels(decay, K, V):
 def test_long_sequences_are_scanned_in_segments(decay, erase, cu_seqlens):
     case = Case(decay, erase, B=1, T=4 * L + 5, K=32, V=48, cu_seqlens=cu_seqlens)
     assert_as_exact_as_chunked(inputs_of(case), case)
-
-
-@pytest.mark.parametrize("decay", ["channel", "head"])
-@pytest.mark.parametrize("extreme", EXTREMES)
-def test_extreme_gates_stay_right(extreme, decay):
-    case = Case(decay, B=1, T=L + 20, **SMALL)
-    inputs = put(cast(extreme_inputs(extreme, case), torch.float32), DEVICE)
-    truth = forward(cast(inputs, torch.float64), case, "reference")
-    loop, got = forward(inputs, case, "reference"), forward(inputs, case)
-    assert_no_worse(got, than=loop, truth=truth, factor=32.0 if extreme == "equal keys" else 4.0)
-
-
-@pytest.mark.parametrize(("K", "V"), CHANNELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("member", MEMBERS)
-def test_half_precision_is_no_worse_than_rounded_operands(member, layout, K, V, half):
-    case = Case(*MEMBERS[member], **LAYOUTS[layout], K=K, V=V)
-    for seed in range(2):
-        inputs = inputs_of(case, seed=seed)
-        inputs = {n: x.to(half) if n in ("q", "k", "v") else x for n, x in inputs.items()}
-        truth = forward({n: x.double() for n, x in inputs.items()}, case, "reference")
-        with rounded_products(half):
-            rounded = forward(inputs, case, "chunked")
-        got = forward(inputs, case)
-        assert got["out"].dtype == half
-        assert_rounded_no_worse(got, than=rounded, truth=truth)
-        plain = forward(inputs, case, "chunked")
-        assert not torch.equal(plain["new_state"], rounded["new_state"])
 
 
 @pytest.mark.parametrize("layout", ["batch", "gates_on_value_heads"])
@@ -208,15 +138,6 @@ def test_strided_operands_are_read_where_they_are():
     got = forward(inputs | {"q": q, "k": k, "v": v} | turned, case)
     for name in want:
         assert_same_bits(got[name], want[name], name)
-
-
-def test_gradients_are_those_of_the_chunked_backend():
-    case = Case(**LAYOUTS["packed"], **SMALL)
-    inputs = inputs_of(case)
-    got, want = run(inputs, case, backend="triton"), run(inputs, case, backend="chunked")
-    for name in want:
-        if name.startswith("d_"):
-            assert torch.equal(got[name], want[name]), name
 
 
 @pytest.mark.parametrize("grouped", [False, True])

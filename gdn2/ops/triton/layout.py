@@ -1,7 +1,11 @@
 """Where the kernels find things: rows of operands, and pieces (chunks, segments) of sequences."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -28,6 +32,57 @@ def locate(
 
 
 @triton.jit
-def load_rows(x, token, stride, channel, mask):
-    """``x[token, channel]`` as a tile, zero where masked; channels of all heads are numbered."""
-    return tl.load(x + token[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+def load_rows(x, first, r, stride, channel, mask):
+    """``x[first + r, channel]`` as a tile, zero where masked; channels of all heads are numbered.
+
+    `first` alone is of 64 bits: offsets within a tile take half the registers.
+    """
+    return tl.load(x + first * stride + r[:, None] * stride + channel[None, :], mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x, first, r, stride, channel, tile, mask):
+    """``x[first + r, channel] = tile``."""
+    to = x + first * stride + r[:, None] * stride + channel[None, :]
+    tl.store(to, tile.to(x.dtype.element_ty), mask)
+
+
+class Pieces(NamedTuple):
+    """Pieces of L tokens of all sequences: at most `most`; of packs, the tables of `locate`."""
+
+    most: int
+    sequence: Tensor | None
+    first: Tensor | None
+
+    @classmethod
+    def of(cls, B: int, T: int, cu_seqlens: Tensor | None, L: int) -> "Pieces":
+        """Each sequence has at least one. The lengths are not looked at: they may be on a GPU."""
+        if cu_seqlens is None:
+            return cls(B * max(triton.cdiv(T, L), 1), None, None)
+        N = len(cu_seqlens) - 1
+        most = T // L + N
+        first = torch.zeros_like(cu_seqlens)
+        first[1:] = ((cu_seqlens.diff() + L - 1) // L).clamp(min=1).cumsum(0)
+        piece = torch.arange(most, dtype=first.dtype, device=first.device)
+        sequence = torch.searchsorted(first, piece, right=True).clamp(max=N) - 1
+        return cls(most, sequence, first)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Tokens at one stride, the heads and channels of each side by side: x itself if it is so."""
+    B, T = x.shape[:2]
+    if x.numel() and x[0, 0].is_contiguous() and (B == 1 or x.stride(0) == T * x.stride(1)):
+        return x
+    return x.contiguous()
+
+
+def matrix(x: Tensor, width: int | None = None) -> Tensor:
+    """x as ``[rows, width]``, the numbers of a row side by side: x's memory if it is so.
+
+    width: None for the channels of all heads where tokens lie apart, else for the last axis.
+    """
+    if width is None:
+        apart = x.ndim > 2 and x.stride(-2) == x.shape[-1] and not x.is_contiguous()
+        width = x.shape[-2] * x.shape[-1] if apart else x.shape[-1]
+    x = x.reshape(x.numel() // width, width)
+    return x if x.stride(1) == 1 else x.contiguous()

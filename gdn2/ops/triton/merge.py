@@ -2,8 +2,9 @@
 
     S_{i+1} = M_i S_i + N_i
 
-with the transfers (N, M) of `scan`. One program a sequence, value head and block of value channels,
-all in float32.
+with the transfers (N, M) of `scan`; or, BACK, the gradients that its segments start from, from the
+last segment to the first, with those of `scan_back`. One program a sequence, value head and block
+of value channels, all in float32.
 
 Axes: HV value heads, K key channels (KP: the next power of two, BK at a time), V value channels, BV
 of them a program, segments of L tokens.
@@ -28,6 +29,7 @@ def merge(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    BACK: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     blocks: tl.constexpr = tl.cdiv(V, BV)
@@ -50,7 +52,8 @@ def merge(
     else:
         S = tl.zeros([KP, BV], tl.float32)
     for i in tl.range(0, segments - 1):
-        rows = ((first + i) * HV + hv) * K + kc
+        segment = first + (segments - 1 - i if BACK else i)
+        rows = (segment * HV + hv) * K + kc
         tl.store(starts + rows[:, None] * V + vc[None, :], S, mask=state_in)
         at_transfer = rows[:, None] * (V + K)
         new = tl.load(transfers + at_transfer + vc[None, :], mask=state_in, other=0.0)
@@ -60,5 +63,6 @@ def merge(
             S_c = tl.gather(S, tl.broadcast_to(c[:, None], [BK, BV]), 0)
             new = tl.dot(M, S_c, acc=new, input_precision="tf32x3")
         S = new
-    rows = ((first + segments - 1) * HV + hv) * K + kc
+    segment = first + (0 if BACK else segments - 1)
+    rows = (segment * HV + hv) * K + kc
     tl.store(starts + rows[:, None] * V + vc[None, :], S, mask=state_in)

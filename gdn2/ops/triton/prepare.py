@@ -9,10 +9,7 @@ under decay per head prefix and suffix are columns that the scan applies itself.
 
     scores = A_qk        inverse = (I + T)^-1                                         [C, C]
 
-Under decay per channel T and A_qk are made pairwise, of blocks of h = 1, 2, 4 ... C/2 tokens: where
-an upper block meets the lower one before it, the score is a row decayed from the start of its block
-times a column decayed to the end of its own. All decays are products of factors <= 1; no sum of
-log-decays is ever subtracted from another: nothing overflows or cancels, whatever the decay.
+Under decay per channel T and A_qk are made of pairs of blocks of 1, 2, 4 ... C/2 tokens (`decay`).
 
 Axes: C tokens a chunk, H key heads, P heads of prepared chunks (H, or HV where a gate has HV), K
 key channels, BK of them at a time.
@@ -21,7 +18,8 @@ key channels, BK of them at a time.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, locate
+from gdn2.ops.triton.decay import exp, grow, pairs
+from gdn2.ops.triton.layout import load_rows, locate, store_rows
 
 
 @triton.jit
@@ -84,22 +82,23 @@ def prepare_under_channel_decay(
     if left <= 0:
         return
     r = tl.arange(0, C)
-    token = start + before + r
+    first = start + before
+    token = first + r
     live = (r < left)[:, None]
-    prepared = (chunk.to(tl.int64) * P + p) * C + r  # rows of what is written
+    first_row = (chunk.to(tl.int64) * P + p) * C  # of what is written
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
     for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
         c = first_channel + tl.arange(0, BK)
         at = p // (P // H) * K + c
-        query = load_rows(q, token, q_stride, at, live).to(tl.float32) * scale
-        key = load_rows(k, token, k_stride, at, live).to(tl.float32)
+        query = load_rows(q, first, r, q_stride, at, live).to(tl.float32) * scale
+        key = load_rows(k, first, r, k_stride, at, live).to(tl.float32)
         at = p // (P // LOG_DECAY_HEADS) * K + c
-        prefix = tl.exp(load_rows(log_decay, token, log_decay_stride, at, live).to(tl.float32))
+        prefix = exp(load_rows(log_decay, first, r, log_decay_stride, at, live))
         suffix = tl.full([C, BK], 1.0, tl.float32)
         if ERASE == 2:
             at = p // (P // ERASE_HEADS) * K + c
-            erased = key * load_rows(erase, token, erase_stride, at, live).to(tl.float32)
+            erased = key * load_rows(erase, first, r, erase_stride, at, live).to(tl.float32)
         elif ERASE == 1:
             gate = tl.load(
                 erase + token * erase_stride + p // (P // ERASE_HEADS), mask=r < left, other=0.0
@@ -107,9 +106,7 @@ def prepare_under_channel_decay(
             erased = key * gate.to(tl.float32)[:, None]
         a_qk += tl.where(r[:, None] == r[None, :], tl.sum(query * key, 1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-            block = r >> level
-            upper = ((block & 1) == 1)[:, None]
-            pair = (block[:, None] >> 1) == (block[None, :] >> 1)
+            upper, pair = pairs(r, level)
             lower_keys = tl.trans(tl.where(upper, 0.0, key * suffix).to(DOT))
             decayed = tl.where(upper, prefix, 0.0)
             met = tl.dot((query * decayed).to(DOT), lower_keys, input_precision=PRECISION)
@@ -117,22 +114,16 @@ def prepare_under_channel_decay(
             if ERASE:
                 met = tl.dot((erased * decayed).to(DOT), lower_keys, input_precision=PRECISION)
                 t += tl.where(pair, met, 0.0)
-            # The other block's total stands in its last row.
-            last = ((block ^ 1) << level) + (1 << level) - 1
-            other = tl.gather(prefix, tl.broadcast_to(last[:, None], [C, BK]), 0)
-            prefix = tl.where(upper, prefix * other, prefix)
-            suffix = tl.where(upper, suffix, suffix * other)
-        to = prepared[:, None] * K + c[None, :]
-        tl.store(query_rows + to, (query * prefix).to(DOT))
-        tl.store(columns + to, (key * suffix).to(DOT))
+            prefix, suffix = grow(prefix, suffix, r, level)
+        store_rows(query_rows, first_row, r, K, c, query * prefix, None)
+        store_rows(columns, first_row, r, K, c, key * suffix, None)
         if ERASE:
-            tl.store(erased_rows + to, (erased * prefix).to(DOT))
+            store_rows(erased_rows, first_row, r, K, c, erased * prefix, None)
         end = tl.sum(tl.where(r[:, None] == C - 1, prefix, 0.0), 0)
         tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, end)
-    to = prepared[:, None] * C + r[None, :]
-    tl.store(scores + to, a_qk.to(DOT))
+    store_rows(scores, first_row, r, C, r, a_qk, None)
     if ERASE:
-        tl.store(inverse + to, invert(t, C, LEVELS, PRECISION).to(DOT))
+        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, PRECISION), None)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -176,40 +167,41 @@ def prepare_under_head_decay(
     if left <= 0:
         return
     r = tl.arange(0, C)
-    token = start + before + r
+    first = start + before
+    token = first + r
     live = r < left
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
     for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
         c = first_channel + tl.arange(0, BK)
         at = p // (P // H) * K + c
-        key = load_rows(k, token, k_stride, at, live[:, None])
+        key = load_rows(k, first, r, k_stride, at, live[:, None])
         keys = tl.trans(key)
-        query = load_rows(q, token, q_stride, at, live[:, None])
+        query = load_rows(q, first, r, q_stride, at, live[:, None])
         a_qk = tl.dot(query, keys, acc=a_qk, input_precision=PRECISION)
         if ERASE == 2:
             at = p // (P // ERASE_HEADS) * K + c
-            gate = load_rows(erase, token, erase_stride, at, live[:, None]).to(tl.float32)
+            gate = load_rows(erase, first, r, erase_stride, at, live[:, None]).to(tl.float32)
             erased = (key.to(tl.float32) * gate).to(DOT)
             t = tl.dot(erased, keys, acc=t, input_precision=PRECISION)
         elif ERASE == 1:
             t = tl.dot(key, keys, acc=t, input_precision=PRECISION)
     a_qk *= scale
-    prepared = (chunk.to(tl.int64) * P + p) * C + r
+    first_row = (chunk.to(tl.int64) * P + p) * C
     if DECAY:
         at_decay = token * log_decay_stride + p // (P // LOG_DECAY_HEADS)
-        decay = tl.exp(tl.load(log_decay + at_decay, mask=live, other=0.0).to(tl.float32))
+        decay = exp(tl.load(log_decay + at_decay, mask=live, other=0.0))
         # between[r, s]: the product of decay over s < i <= r, and of nothing else
         between = tl.cumprod(tl.where(r[:, None] > r[None, :], decay[:, None], 1.0), 0)
         a_qk *= between
         t *= between
-        tl.store(prefix + prepared, tl.cumprod(decay, 0))
-        tl.store(suffix + prepared, tl.sum(tl.where(r[:, None] == C - 1, between, 0.0), 0))
+        tl.store(prefix + first_row + r, tl.cumprod(decay, 0))
+        tl.store(suffix + first_row + r, tl.sum(tl.where(r[:, None] == C - 1, between, 0.0), 0))
     if ERASE == 1:
         at_erase = token * erase_stride + p // (P // ERASE_HEADS)
         t *= tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)[:, None]
-    to = prepared[:, None] * C + r[None, :]
-    tl.store(scores + to, tl.where(r[:, None] >= r[None, :], a_qk, 0.0).to(DOT))
+    a_qk = tl.where(r[:, None] >= r[None, :], a_qk, 0.0)
+    store_rows(scores, first_row, r, C, r, a_qk, None)
     if ERASE:
         t = tl.where(r[:, None] > r[None, :], t, 0.0)
-        tl.store(inverse + to, invert(t, C, LEVELS, PRECISION).to(DOT))
+        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, PRECISION), None)

@@ -1,18 +1,12 @@
 """The kernels as operators of `torch.library`: compilers see each as one node."""
 
-import logging
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from gdn2.ops import chunked
-from gdn2.ops.contract import Operands, check_no_tangent
+from gdn2.ops.contract import Operands, check_first_order, check_no_tangent
 from gdn2.ops.in_place import register_step
 from gdn2.ops.step import register_advance
-from gdn2.ops.triton import launch
-
-_log = logging.getLogger(__name__)
+from gdn2.ops.triton import decode, sequences
 
 
 def gated_delta_rule(
@@ -42,7 +36,7 @@ def _rule(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return launch.gated_delta_rule(
+    return sequences.gated_delta_rule(
         Operands(q, k, v, log_decay, erase, write), scale, state, cu_seqlens
     )
 
@@ -54,6 +48,32 @@ def _(q, k, v, log_decay, erase, write, state, cu_seqlens, scale):  # noqa: ARG0
     return q.new_empty(v.shape), states
 
 
+@torch.library.custom_op("gdn2::triton_gated_delta_rule_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """Returns the gradients of q, k, v, and of those gates and that state that there are."""
+    x = Operands(q, k, v, log_decay, erase, write)
+    grads, dstart = sequences.gated_delta_rule_backward(x, scale, state, cu_seqlens, dout, dstate)
+    return [t for t in (*grads, dstart) if t is not None]
+
+
+@_backward.register_fake
+def _(dout, dstate, *inputs):  # noqa: ARG001
+    *tensors, _, _ = inputs
+    return [t.new_empty(t.shape) for t in tensors if t is not None]
+
+
 def _save(ctx, inputs, output):  # noqa: ARG001
     *tensors, ctx.scale = inputs
     ctx.set_materialize_grads(False)
@@ -61,23 +81,21 @@ def _save(ctx, inputs, output):  # noqa: ARG001
 
 
 def _differentiate(ctx, dout, dstate):
-    _announce()
-    *operands, state, cu_seqlens = ctx.saved_tensors
-    x = Operands(*operands)
-    return *chunked.gradients(x, ctx.scale, state, cu_seqlens, dout, dstate), None, None
-
-
-@cache
-def _announce() -> None:
-    _log.warning("backend='triton' has no backward of its own yet: it runs in chunks of PyTorch")
+    check_first_order()
+    saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
+    if dout is None:
+        dout = torch.zeros_like(saved[2])
+    grads = iter(_backward(dout, dstate, *saved, ctx.scale))
+    *tensors, _ = saved
+    return *(None if t is None else next(grads) for t in tensors), None, None
 
 
 _rule.register_autograd(_differentiate, setup_context=_save)
 
 
-_step = register_advance("triton_gated_delta_step", launch.gated_delta_step)
+_step = register_advance("triton_gated_delta_step", decode.gated_delta_step)
 causal_conv_step = register_step(
     "triton_causal_conv_step",
-    launch.causal_conv_step,
+    decode.causal_conv_step,
     lambda x, *_: x.new_empty(x.shape),
 )

@@ -20,7 +20,7 @@ power of two), V value channels, BV of them a program.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, locate
+from gdn2.ops.triton.layout import load_rows, locate, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -42,6 +42,8 @@ def scan(
     out,
     new_state,
     transfers,
+    states,
+    written,
     cu_seqlens,
     first_chunk,
     segment_sequence,
@@ -67,11 +69,12 @@ def scan(
     ERASE: tl.constexpr,
     WRITE: tl.constexpr,
     HAS_STARTS: tl.constexpr,
-    TRANSFER: tl.constexpr,
+    FIND: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    TRANSFER: tl.constexpr = FIND == "transfers"
     columns_of_state: tl.constexpr = V + K if TRANSFER else V
     blocks: tl.constexpr = tl.cdiv(columns_of_state, BV)  # neighbours, which read the same rows
     block = tl.program_id(0) % blocks
@@ -94,40 +97,41 @@ def scan(
     k_in = kc < K
     v_in = vc < V
     state_in = k_in[:, None] & (vc < columns_of_state)[None, :]
-    at_segment = ((segment.to(tl.int64) * HV + hv) * K + kc)[:, None] * columns_of_state
+    first_state = (segment.to(tl.int64) * HV + hv) * K
     if TRANSFER:
         S = tl.where(kc[:, None] == (vc - V)[None, :], 1.0, 0.0)
     elif HAS_STARTS:
-        S = tl.load(starts + at_segment + vc[None, :], mask=state_in, other=0.0)
+        S = load_rows(starts, first_state, kc, V, vc, state_in)
     else:
         S = tl.zeros([KP, BV], tl.float32)
     for i in tl.range(0, tl.cdiv(tl.minimum(length, L), C)):
-        token = start + i * C + r
+        first = start + i * C
+        token = first + r
         live = r < length - i * C
-        prepared = ((chunk_0 + i) * P + p) * C + r
-        in_chunk = prepared[:, None] * C + r[None, :]
+        first_row = ((chunk_0 + i) * P + p) * C
+        in_chunk = first_row * C + r[:, None] * C + r[None, :]
         z_in = live[:, None] & v_in[None, :]
-        z = load_rows(v, token, v_stride, hv * V + vc, z_in).to(tl.float32)
+        z = load_rows(v, first, r, v_stride, hv * V + vc, z_in).to(tl.float32)
         if WRITE == 2:
-            z *= load_rows(write, token, write_stride, hv * V + vc, z_in).to(tl.float32)
+            z *= load_rows(write, first, r, write_stride, hv * V + vc, z_in).to(tl.float32)
         elif WRITE == 1:
             at_write = token * write_stride + hv
             z *= tl.load(write + at_write, mask=live, other=0.0).to(tl.float32)[:, None]
         S_read = S.to(DOT)
         if DECAY == 2:
             rows_in = k_in[None, :]
-            keys = load_rows(columns, prepared, K, kc, rows_in)
+            keys = load_rows(columns, first_row, r, K, kc, rows_in)
             if ERASE:
-                erased = load_rows(erased_rows, prepared, K, kc, rows_in)
+                erased = load_rows(erased_rows, first_row, r, K, kc, rows_in)
                 z -= tl.dot(erased, S_read, input_precision=PRECISION)
         else:
             rows_in = live[:, None] & k_in[None, :]
-            keys = load_rows(k, token, k_stride, hv // (HV // H) * K + kc, rows_in)
+            keys = load_rows(k, first, r, k_stride, hv // (HV // H) * K + kc, rows_in)
             if DECAY == 1:
-                decay = tl.load(prefix + prepared)[:, None]
+                decay = tl.load(prefix + first_row + r)[:, None]
             if ERASE == 2:
                 at = hv // (HV // ERASE_HEADS) * K + kc
-                gate = load_rows(erase, token, erase_stride, at, rows_in).to(tl.float32)
+                gate = load_rows(erase, first, r, erase_stride, at, rows_in).to(tl.float32)
                 erased = (keys.to(tl.float32) * gate).to(DOT)
                 read = tl.dot(erased, S_read, input_precision=PRECISION)
             elif ERASE == 1:
@@ -140,26 +144,28 @@ def scan(
             R = tl.dot(tl.load(inverse + in_chunk), z.to(DOT), input_precision=PRECISION)
         else:
             R = z
-        if not TRANSFER:
+        if FIND == "states":
+            of_value_head = (chunk_0 + i) * HV + hv
+            store_rows(states, of_value_head * K, kc, V, vc, S_read, state_in)
+            store_rows(written, of_value_head * C, r, V, vc, R, v_in[None, :])
+        elif FIND == "outputs":
             if DECAY == 2:
-                queries = load_rows(query_rows, prepared, K, kc, rows_in)
+                queries = load_rows(query_rows, first_row, r, K, kc, rows_in)
                 o = tl.dot(queries, S_read, input_precision=PRECISION)
             else:
-                queries = load_rows(q, token, q_stride, hv // (HV // H) * K + kc, rows_in)
+                queries = load_rows(q, first, r, q_stride, hv // (HV // H) * K + kc, rows_in)
                 o = tl.dot(queries, S_read, input_precision=PRECISION) * scale
                 if DECAY == 1:
                     o *= decay
             o = tl.dot(tl.load(scores + in_chunk), R.to(DOT), acc=o, input_precision=PRECISION)
-            at_out = token[:, None] * (HV * V) + (hv * V + vc)[None, :]
-            tl.store(out + at_out, o.to(out.dtype.element_ty), mask=z_in)
+            store_rows(out, first, r, HV * V, hv * V + vc, o, z_in)
         if DECAY == 2:
             S *= tl.load(total + ((chunk_0 + i) * P + p) * K + kc, mask=k_in, other=0.0)[:, None]
         elif DECAY == 1:
-            R *= tl.load(suffix + prepared)[:, None]
+            R *= tl.load(suffix + first_row + r)[:, None]
             S *= tl.load(prefix + ((chunk_0 + i) * P + p) * C + C - 1)
         S = tl.dot(tl.trans(keys), R.to(DOT), acc=S, input_precision=PRECISION)
     if TRANSFER:
-        tl.store(transfers + at_segment + vc[None, :], S, mask=state_in)
-    elif last:
-        at_state = ((n * HV + hv) * K + kc)[:, None] * V + vc[None, :]
-        tl.store(new_state + at_state, S, mask=state_in)
+        store_rows(transfers, first_state, kc, V + K, vc, S, state_in)
+    elif last and FIND == "outputs":
+        store_rows(new_state, (n * HV + hv) * K, kc, V, vc, S, state_in)

@@ -37,8 +37,8 @@ class Key(NamedTuple):
 class Sizes(NamedTuple):
     """C tokens a chunk; segments of L tokens, a multiple of C, that are scanned at the same time.
 
-    BK key channels at a time to prepare and to merge; BV value channels of one scan, step_BV of one
-    program that decodes.
+    BK key channels at a time to prepare and to merge; BV value channels of one scan, back_BV of one
+    back, step_BV of one program that decodes; gradients_BK by gradients_BV of states at a time.
     """
 
     C: int
@@ -51,6 +51,12 @@ class Sizes(NamedTuple):
     merge_warps: int
     step_BV: int
     step_warps: int
+    back_BV: int
+    back_warps: int
+    back_stages: int
+    gradients_BK: int
+    gradients_BV: int
+    gradients_warps: int
 
 
 Table = dict[Key, Sizes]

@@ -11,6 +11,8 @@ two), V value channels, BV of them a program.
 import triton
 import triton.language as tl
 
+from gdn2.ops.triton.decay import exp
+
 
 @triton.jit(do_not_specialize=["T"])
 def step(
@@ -69,11 +71,10 @@ def step(
             change *= tl.load(write + token * write_stride + hv).to(tl.float32)
         if DECAY == 2:
             at_decay = token * log_decay_stride + hv // (HV // LOG_DECAY_HEADS) * K + kc
-            g = tl.load(log_decay + at_decay, mask=k_in, other=0.0).to(tl.float32)
-            S *= tl.exp(g)[:, None]
+            S *= exp(tl.load(log_decay + at_decay, mask=k_in, other=0.0))[:, None]
         elif DECAY == 1:
-            g = tl.load(log_decay + token * log_decay_stride + hv // (HV // LOG_DECAY_HEADS))
-            S *= tl.exp(g.to(tl.float32))
+            at_decay = token * log_decay_stride + hv // (HV // LOG_DECAY_HEADS)
+            S *= exp(tl.load(log_decay + at_decay))
         if ERASE == 2:
             at_erase = token * erase_stride + hv // (HV // ERASE_HEADS) * K + kc
             gate = tl.load(erase + at_erase, mask=k_in, other=0.0).to(tl.float32)
