@@ -95,7 +95,7 @@ def measure_sequence(
             errors[direction, name] = max(map(error, results, truth))
             print(f"  {name}: first {direction} {time.perf_counter() - started:.1f} s", flush=True)
             if errors[direction, name] < LARGEST_ERROR:
-                calls[name], peaks[name] = call, _peak_mb(call, device)
+                calls[name], peaks[name] = call, peak_mb(call, device)
         timed = interleaved(list(calls.values()), rounds, device)
         for name, seconds in zip(calls, timed, strict=True):
             share = moved / rate / min(seconds)
@@ -145,7 +145,8 @@ def nbytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(x.nbytes for x in {id(x): x for x in tensors if x is not None}.values())
 
 
-def _peak_mb(call: Callable[[], list[Tensor]], device: torch.device) -> float | None:
+def peak_mb(call: Callable[[], list[Tensor]], device: torch.device) -> float | None:
+    """Memory of a GPU that a call needs beyond what is there before it and what it returns."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)

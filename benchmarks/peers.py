@@ -12,9 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from gdn2.models import Gdn2Config
 
 Rule = Callable[..., Tensor]
+FLA_LAYERS = {
+    "gdn2": "GatedDeltaNet2",
+    "kda": "KimiDeltaAttention",
+    "gated_deltanet": "GatedDeltaNet",
+}
 
 
 def load_peers(member: str) -> dict[str, Rule]:
@@ -49,6 +56,25 @@ def load_step_kernel() -> dict[str, Callable]:
         return {}
     step = partial(fused_recurrent_gdn2_fwd, inplace_final_state=True)
     return {f"fla {version} fused_recurrent_gdn2": step}
+
+
+def load_layer(member: str, config: Gdn2Config) -> dict[str, nn.Module]:
+    """flash-linear-attention's layer with the sizes of `config`; empty if it is not installed."""
+    try:
+        version = importlib.metadata.version("flash-linear-attention")
+        layers = importlib.import_module("fla.layers")
+    except ImportError:
+        return {}
+    V = config.head_v_dim or config.head_k_dim
+    layer = getattr(layers, FLA_LAYERS[member])(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        head_dim=config.head_k_dim,
+        expand_v=V / config.head_k_dim,
+        conv_size=config.conv_size,
+        layer_idx=0,
+    )
+    return {f"fla {version} {FLA_LAYERS[member]}": layer}
 
 
 def _fla_form(member: str) -> tuple[str, Callable[[Callable], Rule]]:

@@ -6,26 +6,21 @@ docs/math.md.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gdn2.modules.gates import (
-    Gates,
-    gate,
-    log_decay,
-    low_rank,
-    reset_rate,
-    reset_step_bias,
-    split_heads,
-)
-from gdn2.modules.linear import XavierLinear
-from gdn2.modules.norm import GatedRMSNorm, l2_norm
-from gdn2.ops import causal_conv, causal_conv_step, gated_delta_rule, gated_delta_step
+from gdn2.modules.gates import Gates, low_rank, reset_rate, reset_step_bias, split_heads
+from gdn2.modules.linear import XavierLinear, map_jointly
+from gdn2.modules.norm import GatedRMSNorm
+from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step, l2_norm, normed_conv
+from gdn2.ops.gates import gate, log_decay
 
 STATISTICS_SAMPLES = 64  # tokens of a sequence that the gate means look at
+
+Maps = dict[str, Tensor]
+Convolved = tuple[Tensor, Tensor]  # outputs, and the state
 
 
 class DeltaState(NamedTuple):
@@ -70,6 +65,7 @@ class DeltaMixer(nn.Module):
 
     native_output_gate: str
     native_gate_is_low_rank: bool  # through V channels
+    gate_maps: tuple[str, ...]  # the maps of x that gates are made from
     rate_range = (1.0, 16.0)  # where exp(A_log) starts
     A_log: nn.Parameter
     dt_bias: nn.Parameter
@@ -121,8 +117,8 @@ class DeltaMixer(nn.Module):
         """Create the parameters of `gates`, A_log and dt_bias among them."""
         raise NotImplementedError
 
-    def gates(self, x: Tensor) -> Gates:
-        """Gates of ``x [..., D]``."""
+    def gates(self, maps: Maps) -> Gates:
+        """Gates of what `project` gives."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -137,9 +133,20 @@ class DeltaMixer(nn.Module):
 
         cu_seqlens ``[N + 1]`` packs N sequences into one row; without it N = B.
         """
-        convolve = partial(causal_conv, cu_seqlens=cu_seqlens)
-        q, k, v, *convs = self._queries_keys_values(x, state, convolve)
-        gates = self.gates(x)
+        maps = self.project(x)
+
+        def convolve(y: Tensor, weight: Tensor, past: Tensor | None, normed: bool) -> Convolved:
+            return normed_conv(
+                y,
+                weight,
+                norm_channels=len(weight) if normed else 0,
+                head_dim=self.head_k_dim,
+                state=past,
+                cu_seqlens=cu_seqlens,
+            )
+
+        q, k, v, *convs = self._queries_keys_values(maps, state, convolve)
+        gates = self.gates(maps)
         if self.training:
             self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
         out, memory = gated_delta_rule(
@@ -151,35 +158,49 @@ class DeltaMixer(nn.Module):
             state=None if state is None else state.state,
             cu_seqlens=cu_seqlens,
         )
-        return self._read_out(x, out), DeltaState(memory, *convs)
+        return self._read_out(maps, out), DeltaState(memory, *convs)
 
     def step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """One token, ``x [B, D] -> (y [B, D], state)``; the state is updated in place."""
-        q, k, v, *_ = self._queries_keys_values(x, state, causal_conv_step)
+        maps = self.project(x)
+
+        def convolve(y: Tensor, weight: Tensor, past: Tensor, normed: bool) -> Convolved:
+            y, last = causal_conv_step(y, weight, state=past)
+            if normed:
+                y = l2_norm(split_heads(y, self.num_heads)).flatten(-2)
+            return y, last
+
+        q, k, v, *_ = self._queries_keys_values(maps, state, convolve)
         out, _ = gated_delta_step(
             q,
             k,
             v,
-            **self.gates(x)._asdict(),
+            **self.gates(maps)._asdict(),
             scale=self.head_k_dim**-0.5,
             state=state.state,
         )
-        return self._read_out(x, out), state
+        return self._read_out(maps, out), state
+
+    def project(self, x: Tensor) -> Maps:
+        """Every map of ``x [..., D]``, by name."""
+        names = ("q_proj", "k_proj", "v_proj", *self.gate_maps, "g_proj")
+        modules = [self.get_submodule(name) for name in names]
+        return dict(zip(names, map_jointly(modules, x), strict=True))
 
     def _queries_keys_values(
-        self, x: Tensor, state: DeltaState | None, convolve: Callable
+        self, maps: Maps, state: DeltaState | None, convolve: Callable[..., Convolved]
     ) -> list[Tensor]:
         """q, k ``[..., H, K]``, v ``[..., HV, V]`` and the three convolution states."""
         past = (None, None, None) if state is None else state[1:]
-        q, q_conv = convolve(self.q_proj(x), self.q_conv1d.weight[:, 0], state=past[0])
-        k, k_conv = convolve(self.k_proj(x), self.k_conv1d.weight[:, 0], state=past[1])
-        v, v_conv = convolve(self.v_proj(x), self.v_conv1d.weight[:, 0], state=past[2])
-        q, k = l2_norm(split_heads(q, self.num_heads)), l2_norm(split_heads(k, self.num_heads))
+        q, q_conv = convolve(maps["q_proj"], self.q_conv1d.weight[:, 0], past[0], normed=True)
+        k, k_conv = convolve(maps["k_proj"], self.k_conv1d.weight[:, 0], past[1], normed=True)
+        v, v_conv = convolve(maps["v_proj"], self.v_conv1d.weight[:, 0], past[2], normed=False)
+        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
         return [q, k, split_heads(v, self.num_v_heads), q_conv, k_conv, v_conv]
 
-    def _read_out(self, x: Tensor, out: Tensor) -> Tensor:
+    def _read_out(self, maps: Maps, out: Tensor) -> Tensor:
         """Norm and output gate per value head, then the output map."""
-        out = self.o_norm(out, split_heads(self.g_proj(x), self.num_v_heads))
+        out = self.o_norm(out, split_heads(maps["g_proj"], self.num_v_heads))
         return self.o_proj(out.flatten(-2))
 
     @torch.no_grad()
@@ -203,6 +224,7 @@ class GatedDeltaNet2(DeltaMixer):
 
     native_output_gate = "silu"
     native_gate_is_low_rank = True
+    gate_maps = ("f_proj", "b_proj", "w_proj")
 
     def build_gates(self) -> None:
         keys, values = self.num_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
@@ -212,14 +234,14 @@ class GatedDeltaNet2(DeltaMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
-    def gates(self, x: Tensor) -> Gates:
+    def gates(self, maps: Maps) -> Gates:
         H, HV = self.num_heads, self.num_v_heads
         return Gates(
             log_decay=log_decay(
-                split_heads(self.f_proj(x), H), self.A_log[:, None], split_heads(self.dt_bias, H)
+                split_heads(maps["f_proj"], H), self.A_log[:, None], split_heads(self.dt_bias, H)
             ),
-            erase=gate(split_heads(self.b_proj(x), H), self.erase_range),
-            write=gate(split_heads(self.w_proj(x), HV)),
+            erase=gate(split_heads(maps["b_proj"], H), self.erase_range),
+            write=gate(split_heads(maps["w_proj"], HV)),
         )
 
 
@@ -232,6 +254,7 @@ class KimiDeltaAttention(DeltaMixer):
 
     native_output_gate = "sigmoid"
     native_gate_is_low_rank = True
+    gate_maps = ("f_proj", "b_proj")
 
     def build_gates(self) -> None:
         keys = self.num_v_heads * self.head_k_dim
@@ -240,11 +263,11 @@ class KimiDeltaAttention(DeltaMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
-    def gates(self, x: Tensor) -> Gates:
+    def gates(self, maps: Maps) -> Gates:
         HV = self.num_v_heads
-        beta = gate(self.b_proj(x), self.erase_range)
+        beta = gate(maps["b_proj"], self.erase_range)
         decay = log_decay(
-            split_heads(self.f_proj(x), HV), self.A_log[:, None], split_heads(self.dt_bias, HV)
+            split_heads(maps["f_proj"], HV), self.A_log[:, None], split_heads(self.dt_bias, HV)
         )
         return Gates(log_decay=decay, erase=beta, write=beta)
 
@@ -258,6 +281,7 @@ class GatedDeltaNet(DeltaMixer):
 
     native_output_gate = "silu"
     native_gate_is_low_rank = False
+    gate_maps = ("a_proj", "b_proj")
     rate_range = (0.01, 16.0)
 
     def build_gates(self) -> None:
@@ -266,6 +290,6 @@ class GatedDeltaNet(DeltaMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
 
-    def gates(self, x: Tensor) -> Gates:
-        beta = gate(self.b_proj(x), self.erase_range)
-        return Gates(log_decay(self.a_proj(x), self.A_log, self.dt_bias), erase=beta, write=beta)
+    def gates(self, maps: Maps) -> Gates:
+        beta = gate(maps["b_proj"], self.erase_range)
+        return Gates(log_decay(maps["a_proj"], self.A_log, self.dt_bias), erase=beta, write=beta)

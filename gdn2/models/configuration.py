@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from gdn2.models.mixers import MIXERS
-from gdn2.modules.norm import OUTPUT_GATES
+from gdn2.ops.norm import OUTPUT_GATES
 
 REMOTE_CODE = "modeling_gdn2"
 AUTO_MAP = {

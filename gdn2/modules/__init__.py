@@ -2,6 +2,6 @@
 
 from gdn2.modules.gates import Gates
 from gdn2.modules.mlp import SwiGLU
-from gdn2.modules.norm import GatedRMSNorm, RMSNorm, l2_norm
+from gdn2.modules.norm import GatedRMSNorm, RMSNorm
 
-__all__ = ["GatedRMSNorm", "Gates", "RMSNorm", "SwiGLU", "l2_norm"]
+__all__ = ["GatedRMSNorm", "Gates", "RMSNorm", "SwiGLU"]

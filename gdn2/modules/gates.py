@@ -1,25 +1,24 @@
 """What a delta-rule layer decides per token: how much to keep, to erase and to write.
 
+The formulas are in `gdn2.ops.gates`; here are their parameters.
+
 Axes: H key heads, HV value heads, K key channels, V value channels. A gate's rank is its tie:
-``[B, T, H]`` is one number per head, ``[B, T, H, K]`` one per channel. Equation numbers are those
-of docs/math.md.
+``[B, T, H]`` is one number per head, ``[B, T, H, K]`` one per channel.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn2.modules.linear import XavierLinear
-from gdn2.modules.precision import upcast
 
 
 class Gates(NamedTuple):
-    """The gates of `gdn2.ops.gated_delta_rule`, float32 or better.
+    """The gates of `gdn2.ops.gated_delta_rule`.
 
-    log_decay: ``[..., H or HV]`` or ``[..., H or HV, K]``, <= 0.
+    log_decay: ``[..., H or HV]`` or ``[..., H or HV, K]``, <= 0, float32 or better.
     erase: ``[..., H or HV]`` or ``[..., H or HV, K]``, in [0, erase_range].
     write: ``[..., HV]`` or ``[..., HV, V]``.
     """
@@ -32,21 +31,6 @@ class Gates(NamedTuple):
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """``[..., heads * channels] -> [..., heads, channels]``."""
     return x.unflatten(-1, (num_heads, -1))
-
-
-def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """``-exp(A_log) * softplus(f + dt_bias)`` in float32, whatever autocast says; shapes broadcast.
-
-    The step size ``dt = softplus(f + dt_bias)`` depends on the token, the rate ``exp(A_log)`` does
-    not (Eq. 11).
-    """
-    return -upcast(A_log).exp() * F.softplus(upcast(f) + upcast(dt_bias))
-
-
-def gate(x: Tensor, maximum: float = 1.0) -> Tensor:
-    """``maximum * sigmoid(x)`` in float32, whatever autocast says (Eq. 12)."""
-    y = upcast(x).sigmoid()
-    return y if maximum == 1.0 else maximum * y
 
 
 @torch.no_grad()

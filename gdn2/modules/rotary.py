@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gdn2.modules.precision import upcast
+from gdn2.ops.precision import upcast
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,10 @@
-"""Tensors in, tensors out: the gated delta rule and the short convolution in front of it."""
+"""Tensors in, tensors out: the gated delta rule, the convolution before it and the norms."""
 
 from gdn2.ops.backends import BACKENDS, resolve_backend
 from gdn2.ops.causal_conv import causal_conv, causal_conv_step
 from gdn2.ops.gated_delta_rule import gated_delta_rule, gated_delta_step
+from gdn2.ops.norm import gated_rms_norm, l2_norm
+from gdn2.ops.normed_conv import normed_conv
 
 __all__ = [
     "BACKENDS",
@@ -10,5 +12,8 @@ __all__ = [
     "causal_conv_step",
     "gated_delta_rule",
     "gated_delta_step",
+    "gated_rms_norm",
+    "l2_norm",
+    "normed_conv",
     "resolve_backend",
 ]

@@ -50,12 +50,7 @@ def causal_conv(
     Raises:
         ValueError: a shape or the activation breaks the contract.
     """
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"x and weight must be [B, T, D] and [D, W], got {list(x.shape)}, {list(weight.shape)}"
-        )
-    N, W = check_boundaries(cu_seqlens, x), weight.shape[1]
-    _check(weight, N, bias, activation, state)
+    N, W = check_sequences(x, weight, bias, activation, state, cu_seqlens), weight.shape[1]
     check_no_tangent((x, weight, bias, state))
     tokens, dtype = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
     history = tokens.new_zeros(N, x.shape[2], W - 1) if state is None else state.to(x.dtype)
@@ -140,6 +135,24 @@ def _advance(
     y = F.silu(y) if activation == "silu" else y
     state.copy_(seen[..., new.shape[2] :])
     return y.to(x.dtype)
+
+
+def check_sequences(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Return the number of sequences; ValueError unless all is as `causal_conv` wants it."""
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"x and weight must be [B, T, D] and [D, W], got {list(x.shape)}, {list(weight.shape)}"
+        )
+    N = check_boundaries(cu_seqlens, x)
+    _check(weight, N, bias, activation, state)
+    return N
 
 
 def _check(

@@ -1,0 +1,157 @@
+"""The kernels of conv.py launched, and as operators of `torch.library`."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gdn2.ops.contract import check_first_order, check_no_tangent
+from gdn2.ops.triton import conv
+from gdn2.ops.triton.launch import launch
+from gdn2.ops.triton.layout import Pieces, rows
+
+
+def normed_conv(
+    x: Tensor,
+    weight: Tensor,
+    norm_channels: int,
+    head_dim: int,
+    eps: float,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All sequences; see the public `normed_conv`."""
+    check_no_tangent((x, weight, state))
+    state = None if state is None else state.to(x.dtype)
+    return _normed_conv(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+
+
+@torch.library.custom_op("gdn2::triton_normed_conv", mutates_args=())
+def _normed_conv(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm_channels: int,
+    head_dim: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+    y, last = x.new_empty(x.shape), _new_state(x, weight, cu_seqlens)
+    pieces = Pieces.of(x.shape[0], x.shape[1], cu_seqlens, arguments["BT"])
+    _launch(conv.normed_conv, arguments | {"y": y, "last": last}, pieces, 8)
+    return y, last
+
+
+@_normed_conv.register_fake
+def _(x, weight, state, cu_seqlens, norm_channels, head_dim, eps):  # noqa: ARG001
+    return x.new_empty(x.shape), _new_state(x, weight, cu_seqlens)
+
+
+@torch.library.custom_op("gdn2::triton_normed_conv_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm_channels: int,
+    head_dim: int,
+    eps: float,
+) -> list[Tensor]:
+    """Returns the gradients of x and weight, and of the state if there is one."""
+    arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+    dy, (D, W) = rows(dy), weight.shape
+    tokens = arguments["R"] * arguments["RUN"]
+    pieces = Pieces.of(x.shape[0], x.shape[1], cu_seqlens, tokens)
+    arguments |= {
+        "dy": dy,
+        "dy_stride": dy.stride(1),
+        "dlast": None if dlast is None else dlast.contiguous(),
+        "dx": x.new_empty(x.shape),
+        "dtaps": x.new_empty((pieces.most, W, D), dtype=torch.float32),
+        "dstate": None if state is None else torch.empty_like(arguments["state"]),
+        "HAS_DLAST": dlast is not None,
+    }
+    _launch(conv.normed_conv_backward, arguments, pieces, 4)
+    dweight = arguments["dtaps"].sum(0).mT.to(weight.dtype).contiguous()
+    return [x for x in (arguments["dx"], dweight, arguments["dstate"]) if x is not None]
+
+
+@_backward.register_fake
+def _(dy, dlast, x, weight, state, *_):  # noqa: ARG001
+    return [t.new_empty(t.shape) for t in (x, weight, state) if t is not None]
+
+
+def _save(ctx, inputs, output):  # noqa: ARG001
+    *tensors, ctx.norm_channels, ctx.head_dim, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, dy, dlast):
+    check_first_order()
+    saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
+    if dy is None:
+        dy = torch.zeros_like(saved[0])
+    grads = iter(_backward(dy, dlast, *saved, ctx.norm_channels, ctx.head_dim, ctx.eps))
+    return *(None if t is None else next(grads) for t in saved[:3]), None, None, None, None
+
+
+_normed_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def _new_state(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty((N, x.shape[2], weight.shape[1] - 1))
+
+
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm_channels: int,
+    head_dim: int,
+    eps: float,
+) -> dict[str, Any]:
+    (D, W), tokens = weight.shape, rows(x)
+    BD = max(triton.next_power_of_2(head_dim), 8)
+    return {
+        "x": tokens,
+        "taps": weight.mT.contiguous(),
+        "state": None if state is None else state.contiguous(),
+        "cu_seqlens": cu_seqlens,
+        "T": x.shape[1],
+        "x_stride": tokens.stride(1),
+        "eps": eps,
+        "D": D,
+        "W": W,
+        "WP": triton.next_power_of_2(W),
+        "NORMED": norm_channels,
+        "HEAD": head_dim,
+        "BD": BD,
+        **sizes(BD, x.device),
+        "PACKED": cu_seqlens is not None,
+        "HAS_STATE": state is not None,
+    }
+
+
+def sizes(BD: int, device: torch.device) -> dict[str, int]:
+    """Tokens of a program: forward 16 numbers a thread, back 4, which spills no registers.
+
+    The order of sums depends on them: they depend on channels and the device alone. In Triton's
+    interpreter a token of every run takes as long however many runs there are.
+    """
+    if device.type == "cpu":
+        return {"BT": 64, "R": 16, "RUN": 8}
+    return {"BT": 4096 // BD, "R": 512 // BD, "RUN": 64}
+
+
+def _launch(kernel: Any, arguments: dict[str, Any], pieces: Pieces, warps: int) -> None:
+    """One program for each piece of a sequence and each block of channels."""
+    tables = {"piece_sequence": pieces.sequence, "first_piece": pieces.first}
+    grid = (pieces.most * triton.cdiv(arguments["D"], arguments["HEAD"]),)
+    launch(kernel, grid, arguments | tables, warps)

@@ -1,0 +1,95 @@
+"""Whole layers on the Triton kernels, in their interpreter or on a GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from operator_cases import assert_no_worse, assert_same_bits
+from torch.utils.checkpoint import checkpoint
+from triton_device import DEVICE, MARKS
+
+from gdn2.layers import GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
+from gdn2.modules import linear
+from gdn2.ops.backends import FASTEST
+
+pytestmark = MARKS
+FAMILY = [GatedDeltaNet2, KimiDeltaAttention, GatedDeltaNet]
+D, T = 48, 23
+BOUNDS = (0, 5, 5, T)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The layers then ask for them, and join their maps."""
+    monkeypatch.setitem(FASTEST, DEVICE, "triton")
+    monkeypatch.setattr(linear, "_pays", lambda _: True)
+
+
+def build(layer: type) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return layer(D, 1, num_v_heads=2, head_k_dim=16, head_v_dim=16).to(DEVICE)
+
+
+def results(layer: torch.nn.Module, x: torch.Tensor, *, packed: bool, call=None) -> dict:
+    """Outputs, states and gradients; the sequence goes on from a state."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    bounds = torch.tensor(BOUNDS, device=DEVICE) if packed else None
+    batch = len(BOUNDS) - 1 if packed else len(x)
+    with torch.no_grad():
+        _, state = layer(x.detach()[:1, :4].expand(batch, 4, D))
+    y, end = (layer if call is None else call)(x, state=state, cu_seqlens=bounds)
+    slopes = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view_as(y)
+    (y.double() * slopes).sum().backward()
+    grads = {f"d_{n}": p.grad for n, p in layer.named_parameters()}
+    return {"y": y.detach(), **end._asdict(), "d_x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layer", FAMILY)
+def test_a_layer_is_as_exact_as_in_pytorch(layer, packed, request):
+    x = torch.randn(1 if packed else 2, T, D, device=DEVICE)
+    plain = results(build(layer), x, packed=packed)
+    truth = results(build(layer).double(), x.double(), packed=packed)
+    request.getfixturevalue("kernels")
+    got = results(build(layer), x, packed=packed)
+    assert_no_worse(got, than=plain, truth=truth, factor=2.0)
+    assert not torch.equal(got["y"], plain["y"])  # other kernels
+
+
+def test_a_layer_asks_for_every_kernel(kernels, monkeypatch):
+    from gdn2.ops.triton import launch
+
+    launched = set()
+    record = launch.launch
+
+    def spy(kernel, *arguments, **options):
+        launched.add(kernel.__name__)
+        record(kernel, *arguments, **options)
+
+    for module in ("sequences", "normed_conv", "gates", "norm"):
+        monkeypatch.setattr(f"gdn2.ops.triton.{module}.launch", spy)
+    results(build(GatedDeltaNet2), torch.randn(2, T, D, device=DEVICE), packed=False)
+    assert launched >= {
+        *("prepare_under_channel_decay", "scan", "scan_back", "gradients"),
+        *("normed_conv", "normed_conv_backward", "decay", "decay_back"),
+        *("sigmoid_gate", "sigmoid_gate_back", "gated_norm", "gated_norm_back"),
+    }
+
+
+def test_a_checkpointed_layer_gives_the_same_bits(kernels):
+    layer, x = build(GatedDeltaNet2), torch.randn(2, T, D, device=DEVICE)
+    want = results(layer, x, packed=False)
+    got = results(layer, x, packed=False, call=partial(checkpoint, layer, use_reentrant=False))
+    for name in want:
+        assert_same_bits(got[name], want[name], name)
+
+
+def test_a_compiled_layer(kernels):
+    layer, x = build(GatedDeltaNet2), torch.randn(2, T, D, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    want = results(layer, x, packed=False)
+    got = results(layer, x, packed=False, call=compiled)
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-5)
