@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compilers import interpreted
-from operator_cases import Case, make_inputs, put
+from operator_cases import GATE_FORMS, LAYOUTS, Case, make_inputs, put
 
 from gdn2.ops.triton.sizes import INTERPRETER, capability, sizes_of
 
@@ -24,3 +24,9 @@ CHANNELS = [(16, 16), (64, 64), (128, 128), (256, 128)] if ON_GPU else [(16, 16)
 
 def inputs_of(case: Case, **options) -> dict:
     return put(make_inputs(case, **{"dtype": torch.float32} | options), DEVICE)
+
+
+def forms_and_layouts(shift: int) -> list:
+    """Every form of gates with one layout, each form of decay with all; others for other shifts."""
+    layouts = list(LAYOUTS)
+    return [(form, layouts[(i + shift) % len(layouts)]) for i, form in enumerate(GATE_FORMS)]

@@ -55,5 +55,5 @@ def test_writes_rows_that_are_found(tmp_path, monkeypatch, capsys):
         assert row.C in (16, 32)
         assert row.L % row.C == 0
     text = capsys.readouterr().out
-    assert "ms with C=32" in text
+    assert "ms with C=16" in text
     assert text.count("ms with gradients_BV=16") == 2

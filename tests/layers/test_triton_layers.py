@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from operator_cases import assert_no_worse, assert_same_bits
+from operator_cases import assert_same_bits
 from torch.utils.checkpoint import checkpoint
 from triton_device import DEVICE, MARKS
 
@@ -39,21 +39,32 @@ def results(layer: torch.nn.Module, x: torch.Tensor, *, packed: bool, call=None)
     with torch.no_grad():
         _, state = layer(x.detach()[:1, :4].expand(batch, 4, D))
     y, end = (layer if call is None else call)(x, state=state, cu_seqlens=bounds)
-    slopes = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view_as(y)
+    # With a mean: sums over all tokens would be luck where they cancel.
+    slopes = torch.linspace(0, 2, y.numel(), device=DEVICE, dtype=torch.float64).view_as(y)
     (y.double() * slopes).sum().backward()
     grads = {f"d_{n}": p.grad for n, p in layer.named_parameters()}
     return {"y": y.detach(), **end._asdict(), "d_x": x.grad, **grads}
 
 
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layer", FAMILY)
 def test_a_layer_is_as_exact_as_in_pytorch(layer, packed, request):
+    torch.manual_seed(1)
     x = torch.randn(1 if packed else 2, T, D, device=DEVICE)
     plain = results(build(layer), x, packed=packed)
     truth = results(build(layer).double(), x.double(), packed=packed)
     request.getfixturevalue("kernels")
     got = results(build(layer), x, packed=packed)
-    assert_no_worse(got, than=plain, truth=truth, factor=2.0)
+    for name, true in truth.items():
+        size = rms(true)
+        if name == "d_A_log":  # a number a head, of terms that may cancel; those have such sizes
+            size = truth["d_dt_bias"].abs().sum().item()
+        allowed = 2 * max(rms(plain[name] - true), 4 * torch.finfo(torch.float32).eps * size)
+        assert rms(got[name] - true) <= allowed, name
     assert not torch.equal(got["y"], plain["y"])  # other kernels
 
 
