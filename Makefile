@@ -59,8 +59,9 @@ demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs
 bench: $(INSTALLED)  ## time the operator on this machine; adds to benchmarks/results.csv
 	$(BIN)/python -m benchmarks.gated_delta_rule
 
-bench-gpu: $(INSTALLED)  ## time the kernels on this GPU beside their peers'; adds to the same file
+bench-gpu: $(INSTALLED)  ## time kernels, layers and training on this GPU; adds to the same file
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu_layers
 
 tune: $(INSTALLED)  ## find the kernels' sizes on this GPU; writes gdn2/ops/triton/sizes.csv
 	$(BIN)/python -m benchmarks.tune

@@ -1,8 +1,8 @@
 """Time layers, blocks and training steps on a GPU, with the Triton kernels in them.
 
 layers   a token mixer of the 1.3B models in bfloat16, forward and with backward, beside
-         flash-linear-attention's layer of the same sizes; then, by the profiler, our time by part
-blocks   the same mixers with norms and MLP around them
+         flash-linear-attention's layer of the same sizes; and, by the profiler, our time by part
+blocks   the same mixers with norms and MLP around them, likewise
 steps    tokens a second of the trainer's step with gdn2_1p3b_hybrid, optimizer included, without
          activation checkpoints, at 16,384 tokens
 
@@ -10,11 +10,12 @@ What takes turns is timed in one process; each case's rows are added to the CSV 
 are measured. The peak is of memory beyond parameters, inputs and results.
 """
 
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -41,6 +42,7 @@ PRESET = "gdn2_1p3b_hybrid"
 MEMBERS = ("gdn2", "kda", "gated_deltanet")
 SHAPES = ((8, 2048), (4, 4096), (2, 8192), (1, 16_384))  # B, T
 SUITES = ("layers", "blocks", "steps")
+DTYPE = torch.bfloat16
 OPTIM = OptimConfig(lr=1e-4)
 PARTS = {  # of a layer, by what its kernels' names contain
     "operator": ("prepare_under", "scan", "merge", "gradients"),
@@ -81,7 +83,7 @@ def measure(
     case: Case, modules: Mapping[str, nn.Module], rounds: int, device: torch.device
 ) -> list[Timing]:
     x, upstream = torch.randn(
-        2, case.B, case.T, case.config.hidden_size, device=device, dtype=torch.bfloat16
+        2, case.B, case.T, case.config.hidden_size, device=device, dtype=DTYPE
     )
     rows = []
     for direction, run in (("forward", forward), ("forward+backward", forward_and_backward)):
@@ -143,8 +145,10 @@ def show(rows: Sequence[Timing]) -> None:
     show_table(table)
 
 
-def show_parts(case: Case, call: Callable[[], object], device: torch.device) -> None:
-    """Where the time of a call goes."""
+def show_parts(case: Case, module: nn.Module, device: torch.device) -> None:
+    """Where the time of a pass forth and back goes."""
+    x = torch.randn(case.B, case.T, case.config.hidden_size, device=device, dtype=DTYPE)
+    call = partial(forward_and_backward, module, x, x)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     call()
@@ -177,24 +181,17 @@ def main(
     args = parse(parser, argv)
     where, config = torch.device(device), config or load_preset(PRESET).model
     with mock.patch.dict(FASTEST, {device: "triton"}):
-        for suite in args.suites:
-            for title, B, T in [
-                (title, *shape)
-                for title in ((PRESET,) if suite == "steps" else MEMBERS)
-                for shape in shapes
-            ]:
+        for suite, (B, T) in itertools.product(args.suites, shapes):
+            for title in (PRESET,) if suite == "steps" else MEMBERS:
                 case = Case(f"{title} {suite.removesuffix('s')}", B, T, config)
                 if suite == "steps":
                     rows = measure_steps(case, args.rounds, where)
                 else:
-                    build: Callable[..., dict[str, Any]] = layers if suite == "layers" else blocks
-                    modules = build(config, title)
-                    modules = {n: m.to(where, torch.bfloat16) for n, m in modules.items()}
+                    build = layers if suite == "layers" else blocks
+                    modules = {n: m.to(where, DTYPE) for n, m in build(config, title).items()}
                     rows = measure(case, modules, args.rounds, where)
+                    show_parts(case, modules["triton"], where)
                 show(rows)
-                if suite == "layers":
-                    x = torch.randn(B, T, config.hidden_size, device=where, dtype=torch.bfloat16)
-                    show_parts(case, partial(forward_and_backward, modules["triton"], x, x), where)
                 append(rows, args.csv, where, Path(__file__).name)
     return 0
 

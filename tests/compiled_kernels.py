@@ -3,7 +3,8 @@
     python tests/compiled_kernels.py            compare with compiled_kernels.csv
     python tests/compiled_kernels.py --write    write that file
 
-Every kernel that a preset launches, with bfloat16 operands, for compute capability 8.0 and 9.0. The
+Every kernel that a preset launches, with bfloat16 operands, for compute capability 8.0 and 9.0, and
+those of 16 heads with 64 and 128 channels for 9.0. The
 launches are the library's own, on tensors without memory, and are compiled where they would run.
 """
 
@@ -28,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from gdn2 import presets
 from gdn2.ops.contract import Operands
-from gdn2.ops.triton import decode, launch, sequences
+from gdn2.ops.triton import decode, gates, launch, norm, normed_conv, sequences
 
 TABLE = Path(__file__).with_suffix(".csv")
 COMPARED = "3.6"  # versions of Triton compile differently
@@ -73,7 +74,11 @@ def cases() -> list[Case]:
         for mixer in model.mixers
         if mixer in MEMBERS
     }
-    return [Case(*size, capability) for size in sorted(sizes) for capability in SHARED]
+    large = {(mixer, 16, channels) for mixer in MEMBERS for channels in (64, 128)}
+    return [
+        *(Case(*size, capability) for size in sorted(sizes) for capability in SHARED),
+        *(Case(*size, 90) for size in sorted(large - sizes)),
+    ]
 
 
 def compile_case(case: Case) -> list[Row]:
@@ -98,10 +103,33 @@ def compile_calls(
         launches += record(
             lambda: sequences.gated_delta_rule_backward(x, 1.0, state, cu_seqlens, *upstream)
         )
+        launches += record(lambda: around(x))
         launches += record(lambda: decode.gated_delta_step(token, 1.0, state, slots))
         launches += record(lambda: decode.causal_conv_step(inputs, weight, None, True, last, slots))
     different = {label(kernel, arguments): (kernel, arguments) for kernel, arguments in launches}
     return [compile_launch(case, *one) for one in different.values()]
+
+
+def around(x: Operands) -> None:
+    """What stands around the operator in a layer, there and back."""
+    B, T, H, K = x.k.shape
+    inputs, weight, last = x.k.flatten(2), x.k.new_empty(H * K, 4), x.k.new_empty(B, H * K, 3)
+    described = (inputs, weight, None, None, H * K, K, 1e-6)
+    normed_conv._normed_conv._init_fn(*described)
+    normed_conv._backward._init_fn(inputs, last, *described)
+    form = () if x.log_decay is None or x.log_decay.ndim == 3 else (K,)
+    decay = (
+        x.k.new_empty(B, T, H, *form),
+        x.k.new_empty(H, *(1 for _ in form)),
+        x.k.new_empty(H, *form),
+    )
+    gates._log_decay._init_fn(*decay)
+    gates._log_decay_backward._init_fn(x.k.new_empty(decay[0].shape, dtype=torch.float32), *decay)
+    gates._gate._init_fn(x.k, 1.0)
+    gates._gate_backward._init_fn(x.k, x.k, 1.0)
+    gated = x.v, x.v, x.v.new_empty(x.v.shape[-1]), 1e-5, True
+    norm._gated_rms_norm._init_fn(*gated)
+    norm._backward._init_fn(x.v, *gated)
 
 
 def label(kernel: Any, arguments: dict[str, Any]) -> str:

@@ -27,10 +27,19 @@ KERNELS = {
     "merge",
     "merge back",
     "gradients",
+}
+WITHOUT_PRODUCTS = {
+    "normed_conv",
+    "normed_conv_backward",
+    "decay",
+    "decay_back",
+    "sigmoid_gate",
+    "sigmoid_gate_back",
+    "gated_norm",
+    "gated_norm_back",
     "step",
     "conv_step",
 }
-WITHOUT_PRODUCTS = {"step", "conv_step"}
 SMALL_PRODUCTS = {"merge", "merge back"}
 
 
@@ -46,7 +55,7 @@ def test_kernels_compile_as_committed():
 
 def test_kernels_fit_and_do_not_spill():
     rows = compiled_kernels.committed()
-    assert {row.kernel for row in rows} == KERNELS
+    assert {row.kernel for row in rows} == KERNELS | WITHOUT_PRODUCTS
     for row in rows:
         assert row.spills == 0, row
         assert row.shared <= compiled_kernels.SHARED[row.capability], row
@@ -73,7 +82,9 @@ def test_every_form_of_gates_compiles():
     forms = list(itertools.product((None, "head", "channel"), repeat=3))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         rows = [row for rows in processes.map(compile_form, forms) for row in rows]
-    assert len(rows) == 2 * len(forms) * len(KERNELS - {"prepare_under_head_decay"})
+    assert len(rows) == 2 * len(forms) * len(
+        (KERNELS | WITHOUT_PRODUCTS) - {"prepare_under_head_decay"}
+    )
     for row in rows:
         assert row.shared <= compiled_kernels.SHARED[90], row
         assert row.spills <= 2, row

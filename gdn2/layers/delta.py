@@ -20,7 +20,7 @@ from gdn2.ops.gates import gate, log_decay
 STATISTICS_SAMPLES = 64  # tokens of a sequence that the gate means look at
 
 Maps = dict[str, Tensor]
-Convolved = tuple[Tensor, Tensor]  # outputs, and the state
+Convolved = tuple[Tensor, Tensor]  # outputs by head, and the state
 
 
 class DeltaState(NamedTuple):
@@ -135,15 +135,18 @@ class DeltaMixer(nn.Module):
         """
         maps = self.project(x)
 
-        def convolve(y: Tensor, weight: Tensor, past: Tensor | None, normed: bool) -> Convolved:
-            return normed_conv(
+        def convolve(
+            y: Tensor, weight: Tensor, past: Tensor | None, heads: int, normed: bool
+        ) -> Convolved:
+            y, last = normed_conv(
                 y,
                 weight,
                 norm_channels=len(weight) if normed else 0,
-                head_dim=self.head_k_dim,
+                head_dim=len(weight) // heads,
                 state=past,
                 cu_seqlens=cu_seqlens,
             )
+            return split_heads(y, heads), last
 
         q, k, v, *convs = self._queries_keys_values(maps, state, convolve)
         gates = self.gates(maps)
@@ -164,11 +167,12 @@ class DeltaMixer(nn.Module):
         """One token, ``x [B, D] -> (y [B, D], state)``; the state is updated in place."""
         maps = self.project(x)
 
-        def convolve(y: Tensor, weight: Tensor, past: Tensor, normed: bool) -> Convolved:
+        def convolve(
+            y: Tensor, weight: Tensor, past: Tensor, heads: int, normed: bool
+        ) -> Convolved:
             y, last = causal_conv_step(y, weight, state=past)
-            if normed:
-                y = l2_norm(split_heads(y, self.num_heads)).flatten(-2)
-            return y, last
+            y = split_heads(y, heads)
+            return l2_norm(y) if normed else y, last
 
         q, k, v, *_ = self._queries_keys_values(maps, state, convolve)
         out, _ = gated_delta_step(
@@ -184,7 +188,7 @@ class DeltaMixer(nn.Module):
     def project(self, x: Tensor) -> Maps:
         """Every map of ``x [..., D]``, by name."""
         names = ("q_proj", "k_proj", "v_proj", *self.gate_maps, "g_proj")
-        modules = [self.get_submodule(name) for name in names]
+        modules = [getattr(self, name) for name in names]
         return dict(zip(names, map_jointly(modules, x), strict=True))
 
     def _queries_keys_values(
@@ -192,11 +196,11 @@ class DeltaMixer(nn.Module):
     ) -> list[Tensor]:
         """q, k ``[..., H, K]``, v ``[..., HV, V]`` and the three convolution states."""
         past = (None, None, None) if state is None else state[1:]
-        q, q_conv = convolve(maps["q_proj"], self.q_conv1d.weight[:, 0], past[0], normed=True)
-        k, k_conv = convolve(maps["k_proj"], self.k_conv1d.weight[:, 0], past[1], normed=True)
-        v, v_conv = convolve(maps["v_proj"], self.v_conv1d.weight[:, 0], past[2], normed=False)
-        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
-        return [q, k, split_heads(v, self.num_v_heads), q_conv, k_conv, v_conv]
+        H, HV = self.num_heads, self.num_v_heads
+        q, q_conv = convolve(maps["q_proj"], self.q_conv1d.weight[:, 0], past[0], H, normed=True)
+        k, k_conv = convolve(maps["k_proj"], self.k_conv1d.weight[:, 0], past[1], H, normed=True)
+        v, v_conv = convolve(maps["v_proj"], self.v_conv1d.weight[:, 0], past[2], HV, normed=False)
+        return [q, k, v, q_conv, k_conv, v_conv]
 
     def _read_out(self, maps: Maps, out: Tensor) -> Tensor:
         """Norm and output gate per value head, then the output map."""

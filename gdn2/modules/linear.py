@@ -36,8 +36,10 @@ def map_jointly(maps: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     A map is an `XavierLinear` without bias, or a sequence that begins with one. Where any was
     replaced (adapters, other number formats) or is hooked, each is called by itself.
     """
+    if not _pays(x):
+        return [m(x) for m in maps]
     firsts: list[nn.Module] = [m[0] if isinstance(m, nn.Sequential) else m for m in maps]
-    if not (_pays(x) and all(_plain(m) for m in (*maps, *firsts))):
+    if not all(_plain(m) for m in (*maps, *firsts)):
         return [m(x) for m in maps]
     weights: list[Tensor] = [first.get_parameter("weight") for first in firsts]
     parts = F.linear(x, torch.cat(weights)).split([len(w) for w in weights], -1)
