@@ -4,8 +4,8 @@
     python tests/compiled_kernels.py --write    write that file
 
 Every kernel that a preset launches, with bfloat16 operands, for compute capability 8.0 and 9.0, and
-those of 16 heads with 64 and 128 channels for 9.0. The
-launches are the library's own, on tensors without memory, and are compiled where they would run.
+those of 16 heads with 64 and 128 channels for 9.0. The launches are the library's own, on tensors
+without memory, and are compiled where they would run.
 """
 
 import csv
