@@ -28,7 +28,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gated_delta_rule import MEMBERS, Case, operands_of, ours
 from benchmarks.peers import Rule, load_kernels, load_step_kernel
-from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
+from benchmarks.timing import (
+    Timing,
+    add_csv,
+    append,
+    command_line,
+    interleaved,
+    parse,
+    runs,
+    show_table,
+)
 from gdn2.ops import gated_delta_step
 
 SHAPES = (  # B, T, H
@@ -91,6 +100,8 @@ def measure_sequence(
         for name, rule in rules.items():
             call = partial(run, rule, operands, upstream)
             started = time.perf_counter()
+            if name != "triton" and not runs(f"{direction} of {name}", call):
+                continue
             results = first_heads(call(), upstream)[0]
             errors[direction, name] = max(map(error, results, truth))
             print(f"  {name}: first {direction} {time.perf_counter() - started:.1f} s", flush=True)

@@ -27,7 +27,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import peak_mb
 from benchmarks.peers import load_layer
-from benchmarks.timing import Timing, add_csv, append, command_line, interleaved, parse, show_table
+from benchmarks.timing import (
+    Timing,
+    add_csv,
+    append,
+    command_line,
+    interleaved,
+    parse,
+    runs,
+    show_table,
+)
 from gdn2.data import Batch
 from gdn2.models import MIXERS, Gdn2Config, Gdn2ForCausalLM
 from gdn2.models.loss import IGNORED
@@ -88,6 +97,8 @@ def measure(
     rows = []
     for direction, run in (("forward", forward), ("forward+backward", forward_and_backward)):
         calls = {name: partial(run, module, x, upstream) for name, module in modules.items()}
+        calls["triton"]()
+        calls = {n: c for n, c in calls.items() if n == "triton" or runs(f"{direction} of {n}", c)}
         peaks = [peak_mb(call, device) for call in calls.values()]
         timed = interleaved(list(calls.values()), rounds, device)
         for name, seconds, peak in zip(calls, timed, peaks, strict=True):

@@ -45,6 +45,18 @@ class Timing(NamedTuple):
         return cls(case, backend, direction, 1000 * low, 1000 * middle)
 
 
+def runs(name: str, call: Callable[[], object]) -> bool:
+    """Whether a peer's first call gets through; what it says if not is printed."""
+    try:
+        call()
+    except (RuntimeError, NotImplementedError) as error:
+        if "CUDA error" in str(error):  # nothing runs any more
+            raise
+        print(f"  {name} does not run: {str(error).strip().partition(chr(10))[0]}", flush=True)
+        return False
+    return True
+
+
 def interleaved(
     calls: Sequence[Callable[[], object]], rounds: int, device: torch.device
 ) -> list[list[float]]:
@@ -68,11 +80,11 @@ def _seconds(call: Callable[[], object]) -> float:
 def _seconds_on_a_gpu(call: Callable[[], object]) -> float:
     """Between two events, after a write that leaves nothing else in the cache.
 
-    Then the GPU waits about a millisecond, in which the host can launch what is timed.
+    Then the GPU waits about ten milliseconds, in which the host can launch what is timed.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(2**28, dtype=torch.int8, device="cuda").zero_()
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(20_000_000)
     start.record()
     call()
     end.record()

@@ -55,5 +55,7 @@ def _pays(x: Tensor) -> bool:
 
 
 def _plain(m: nn.Module) -> bool:
-    hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-    return (type(m) is nn.Sequential or (type(m) is XavierLinear and m.bias is None)) and not hooked
+    kinds = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    if any(kinds) or "forward" in vars(m):
+        return False
+    return type(m) is nn.Sequential or (type(m) is XavierLinear and m.bias is None)

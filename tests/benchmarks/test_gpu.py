@@ -82,6 +82,17 @@ def test_gradients_that_are_wrong_are_named(tiny, monkeypatch, capsys):
     assert "forward+backward of peer wrong by 5.0e-01" in capsys.readouterr().err
 
 
+def test_a_peer_that_does_not_run_is_left_out(tiny, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("not on this GPU")
+
+    monkeypatch.setattr(gpu, "load_kernels", lambda _: {"peer": refuse})
+    code, rows = tiny("kda")
+    assert code == 0
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert "forward of peer does not run: not on this GPU" in capsys.readouterr().out
+
+
 def test_an_unknown_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["mamba"])

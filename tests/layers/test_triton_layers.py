@@ -68,6 +68,24 @@ def test_a_layer_is_as_exact_as_in_pytorch(layer, packed, request):
     assert not torch.equal(got["y"], plain["y"])  # other kernels
 
 
+@pytest.mark.parametrize("mode", ["autocast", "cast"])
+@pytest.mark.parametrize("layer", FAMILY)
+def test_a_layer_in_mixed_precision(layer, mode, kernels):
+    """Under autocast, or with its parameters in half precision as FSDP2 gives them."""
+    torch.manual_seed(1)
+    x = torch.randn(2, T, D, device=DEVICE)
+    mixed = build(layer)
+    if mode == "cast":
+        x, mixed = x.half(), mixed.half()
+    truth = results(build(layer).double(), x.double(), packed=False)
+    with torch.autocast(DEVICE, torch.float16, enabled=mode == "autocast"):
+        got = results(mixed, x, packed=False)
+    assert (got["y"].dtype, got["state"].dtype) == (torch.float16, torch.float32)
+    for name, true in truth.items():
+        if name != "d_A_log":  # terms that may cancel
+            assert rms(got[name].double() - true) < 6e-3 * rms(true), name
+
+
 def test_a_layer_asks_for_every_kernel(kernels, monkeypatch):
     from gdn2.ops.triton import launch
 

@@ -52,7 +52,7 @@ def test_maps_are_joined_where_it_pays(monkeypatch):
     assert len(products) == 3 + 2 + 2  # the joint one, and the second of the sequence
 
 
-@pytest.mark.parametrize("change", ["replaced", "hooked", "biased"])
+@pytest.mark.parametrize("change", ["replaced", "hooked", "biased", "wrapped"])
 def test_what_was_changed_is_called_by_itself(change, monkeypatch):
     monkeypatch.setattr(linear, "_pays", lambda _: True)
     modules = maps()
@@ -60,6 +60,9 @@ def test_what_was_changed_is_called_by_itself(change, monkeypatch):
         modules[0] = Twice(6, 4, bias=False)
     elif change == "hooked":
         modules[1][0].register_forward_hook(lambda *a: 3 * a[-1])
+    elif change == "wrapped":
+        plain = modules[0].forward
+        modules[0].forward = lambda x: 3 * plain(x)
     else:
         modules[0] = XavierLinear(6, 4)
         nn.init.ones_(modules[0].bias)

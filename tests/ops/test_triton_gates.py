@@ -168,3 +168,12 @@ def test_other_derivatives_are_refused(operation, inputs):
     x = x.detach()
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: operation(**tensors | {name: x}, backend="triton"), (x,), (x,))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0), (0, 3), (2, 0, 3)])
+def test_gates_of_any_shape(shape):
+    x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    y = gate(x, 2.0, backend="triton")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, torch.ones_like(x))
+    assert torch.equal(dx, torch.full_like(x, 0.5))

@@ -147,3 +147,10 @@ def test_other_derivatives_are_refused():
 def test_too_many_channels_are_refused():
     with pytest.raises(NotImplementedError, match="up to 1024 channels, got 1025"):
         gated_rms_norm(**inputs(2, 1025), backend="triton")
+
+
+def test_no_epsilon_and_rows_that_fill_no_tile():
+    names = ("x", "gate", "weight")
+    shapes = ((5, 16), (5, 16), (16,))
+    tensors = {n: randn(*s, device=DEVICE) for n, s in zip(names, shapes, strict=True)}
+    assert_as_exact_as_composed(gated_rms_norm, tensors, eps=0.0)

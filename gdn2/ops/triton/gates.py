@@ -207,6 +207,8 @@ def _parameters(A_log: Tensor, dt_bias: Tensor) -> dict[str, Any]:
 def _launch(kernel: Any, x: Tensor, **arguments: Any) -> None:
     """A program every tile of x [M, D], or every TOKENS tokens of it."""
     M, D = x.shape
+    if D == 0:
+        return
     BD = min(triton.next_power_of_2(D), 256)
     BM = min(2048 // BD, 32)
     described = {"x": x, "M": M, "stride": x.stride(0), "D": D, "BM": BM, "BD": BD}

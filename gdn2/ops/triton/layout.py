@@ -83,6 +83,6 @@ def matrix(x: Tensor, width: int | None = None) -> Tensor:
     """
     if width is None:
         apart = x.ndim > 2 and x.stride(-2) == x.shape[-1] and not x.is_contiguous()
-        width = x.shape[-2] * x.shape[-1] if apart else x.shape[-1]
-    x = x.reshape(x.numel() // width, width)
+        width = x.shape[-2:].numel() if apart else x.shape[-1:].numel()
+    x = x.reshape(x.numel() // max(width, 1), width)
     return x if x.stride(1) == 1 else x.contiguous()

@@ -105,7 +105,7 @@ def gated_norm_back(
         g = load_tile(gate, r, v, gate_stride, GATE_HEADS, V, inside)
         d = load_tile(dy, r, v, V, 1, V, inside)
         inverse = inverse_root(tile, eps, V)
-        n = tile * inverse
+        n = tl.where(inside, tile * inverse, 0.0)  # beyond the last row it may be 0 / 0
         act = tl.sigmoid(g)
         slope = act * (1 - act)
         if SILU:
