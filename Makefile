@@ -32,13 +32,13 @@ check: $(INSTALLED)  ## lint, format and types
 
 test: $(INSTALLED)  ## the tests that run everywhere, in minutes
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not triton'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n 2 tests/ops tests/layers tests/benchmarks
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n 2 tests/ops tests/layers tests/models tests/benchmarks
 
 compile-check: $(INSTALLED)  ## compile the Triton kernels for GPUs that are not here; show the table
 	$(BIN)/python tests/compiled_kernels.py
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m 'gpu or triton' -n 8 tests/ops tests/layers
+	$(BIN)/python -m pytest -m 'gpu or triton' -n 8 tests/ops tests/layers tests/models
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

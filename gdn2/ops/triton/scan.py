@@ -8,10 +8,11 @@ the state, [K, BV] in float32, and goes from chunk to chunk:
 Without an erase gate R = Z. Under decay per head (or none) E, Q and K~ are the operands' own rows
 and columns, and the decay scales rows of the products instead.
 
-Segments of L tokens are scanned at the same time, each from its own starting state. Where a
-sequence is longer than one, these come from an earlier launch, TRANSFER, and from `merge`: a
-segment maps a state S to M S + N, and the same scan finds both, N from a state of zeros and M from
-the identity with Z = 0, as V + K columns of one state.
+Segments of L tokens are scanned at the same time, each from its own starting state. FIND is what a
+launch is for: "outputs" and the last states; "states" before every chunk and what each writes (R),
+for the gradients; or "transfers", where a sequence is longer than a segment. A segment maps a state
+S to M S + N, and the same scan finds both, N from a state of zeros and M from the identity with
+Z = 0, as V + K columns of one state; from them `merge` makes the starting states.
 
 Axes: C tokens a chunk, HV value heads, P heads of prepared chunks, K key channels (KP: the next
 power of two), V value channels, BV of them a program.

@@ -7,7 +7,7 @@ the gradient of the state, [K, BV] in float32, and goes from the last chunk to t
 
 Without an erase gate dX = dR. Rows and columns, and the decay of each form, are as in `scan`; so
 are segments: each maps the gradient dS after it to M^T dS + N before it, and where a sequence has
-several, an earlier launch, TRANSFER, finds both as V + K columns, and `merge` goes back over them.
+several, an earlier launch finds these "transfers", V + K columns, and `merge` goes back over them.
 
 Axes as in `scan`.
 """

@@ -16,6 +16,7 @@ from gdn2.ops.triton.prepare import prepare_under_channel_decay, prepare_under_h
 from gdn2.ops.triton.scan import scan
 from gdn2.ops.triton.scan_back import scan_back
 
+_ONLY_FOR_SCANS = ("erased_rows", "query_rows", "columns", "inverse", "scores")
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -160,6 +161,8 @@ class _Call:
                 return grad
             return grad.unflatten(2, (t.shape[2], -1)).sum(3).to(t.dtype)
 
+        # Their memory is free for the gradients then.
+        self.arguments |= dict.fromkeys(_ONLY_FOR_SCANS)
         grads = x.map(buffer)
         arguments = self.arguments | left | {f"d{n}": t for n, t in grads._asdict().items()}
         arguments |= {
