@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2.ops.contract import check_first_order, check_no_tangent
+from gdn2.ops.contract import check_no_tangent
+from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.decay import exp
 from gdn2.ops.triton.launch import launch
 from gdn2.ops.triton.layout import load_rows, matrix, store_rows
@@ -153,9 +154,8 @@ def _(f, A_log, dt_bias):  # noqa: ARG001
 
 
 @torch.library.custom_op("gdn2::triton_log_decay_backward", mutates_args=())
-def _log_decay_backward(
-    dy: Tensor, f: Tensor, A_log: Tensor, dt_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_decay_backward(dy: Tensor, f: Tensor, A_log: Tensor, dt_bias: Tensor) -> list[Tensor]:
+    """Returns the gradients of f, A_log and dt_bias."""
     x = matrix(f, dt_bias.numel())
     df = torch.empty(f.shape, dtype=f.dtype, device=f.device)
     P = triton.cdiv(len(x), _BACK_TOKENS)
@@ -164,12 +164,10 @@ def _log_decay_backward(
     _launch(decay_back, x, **_parameters(A_log, dt_bias), **more)
     dA = partial[0].sum(0).view(A_log.numel(), -1).sum(1).view(A_log.shape)
     ddt = partial[1].sum(0).view(dt_bias.shape)
-    return df, dA.to(A_log.dtype), ddt.to(dt_bias.dtype)
+    return [df, dA.to(A_log.dtype), ddt.to(dt_bias.dtype)]
 
 
-@_log_decay_backward.register_fake
-def _(dy, f, A_log, dt_bias):  # noqa: ARG001
-    return tuple(t.new_empty(t.shape) for t in (f, A_log, dt_bias))
+register_backward(_log_decay, _log_decay_backward)
 
 
 @torch.library.custom_op("gdn2::triton_gate", mutates_args=())
@@ -191,9 +189,7 @@ def _gate_backward(dy: Tensor, x: Tensor, maximum: float) -> Tensor:
     return dx
 
 
-@_gate_backward.register_fake
-def _(dy, x, maximum):  # noqa: ARG001
-    return x.new_empty(x.shape)
+register_backward(_gate, _gate_backward)
 
 
 def _parameters(A_log: Tensor, dt_bias: Tensor) -> dict[str, Any]:
@@ -214,26 +210,3 @@ def _launch(kernel: Any, x: Tensor, **arguments: Any) -> None:
     described = {"x": x, "M": M, "stride": x.stride(0), "D": D, "BM": BM, "BD": BD}
     grid = (triton.cdiv(M, arguments.get("TOKENS", BM)) * triton.cdiv(D, BD),)
     launch(kernel, grid, {**described, **arguments}, warps=4)
-
-
-def _save(ctx, inputs, output):  # noqa: ARG001
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    check_first_order()
-    return _log_decay_backward(dy, *ctx.saved_tensors)
-
-
-def _save_gate(ctx, inputs, output):  # noqa: ARG001
-    x, ctx.maximum = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate_gate(ctx, dy):
-    check_first_order()
-    return _gate_backward(dy, *ctx.saved_tensors, ctx.maximum), None
-
-
-_log_decay.register_autograd(_differentiate, setup_context=_save)
-_gate.register_autograd(_differentiate_gate, setup_context=_save_gate)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2.ops.contract import check_first_order, check_no_tangent
+from gdn2.ops.contract import check_no_tangent
+from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.launch import launch
 from gdn2.ops.triton.layout import matrix
 
@@ -143,19 +144,18 @@ def _(x, gate, weight, eps, silu):  # noqa: ARG001
 @torch.library.custom_op("gdn2::triton_gated_rms_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Returns the gradients of x, gate and weight."""
     arguments = _describe(x, gate, weight, eps, silu)
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
     programs = triton.cdiv(arguments["R"], _BACK_ROWS)
     partial = torch.empty(programs, len(weight), dtype=torch.float32, device=x.device)
     more = {"dy": dy.contiguous(), "dx": dx, "dgate": dgate, "partial": partial, "ROWS": _BACK_ROWS}
     launch(gated_norm_back, (programs,), {**arguments, **more}, warps=4)
-    return dx, dgate, partial.sum(0).to(weight.dtype)
+    return [dx, dgate, partial.sum(0).to(weight.dtype)]
 
 
-@_backward.register_fake
-def _(dy, x, gate, weight, eps, silu):  # noqa: ARG001
-    return tuple(t.new_empty(t.shape) for t in (x, gate, weight))
+register_backward(_gated_rms_norm, _backward)
 
 
 def _describe(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> dict[str, Any]:
@@ -176,16 +176,3 @@ def _describe(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -
         "BR": min(max(2048 // VP, 1), 16),
         "SILU": silu,
     }
-
-
-def _save(ctx, inputs, output):  # noqa: ARG001
-    *tensors, ctx.eps, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy):
-    check_first_order()
-    return *_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.silu), None, None
-
-
-_gated_rms_norm.register_autograd(_differentiate, setup_context=_save)

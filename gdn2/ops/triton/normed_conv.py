@@ -6,8 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from gdn2.ops.contract import check_first_order, check_no_tangent
+from gdn2.ops.contract import check_no_tangent
 from gdn2.ops.triton import conv
+from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.launch import launch
 from gdn2.ops.triton.layout import Pieces, rows
 
@@ -80,27 +81,7 @@ def _backward(
     return [x for x in (arguments["dx"], dweight, arguments["dstate"]) if x is not None]
 
 
-@_backward.register_fake
-def _(dy, dlast, x, weight, state, *_):  # noqa: ARG001
-    return [t.new_empty(t.shape) for t in (x, weight, state) if t is not None]
-
-
-def _save(ctx, inputs, output):  # noqa: ARG001
-    *tensors, ctx.norm_channels, ctx.head_dim, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy, dlast):
-    check_first_order()
-    saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
-    if dy is None:
-        dy = torch.zeros_like(saved[0])
-    grads = iter(_backward(dy, dlast, *saved, ctx.norm_channels, ctx.head_dim, ctx.eps))
-    return *(None if t is None else next(grads) for t in saved[:3]), None, None, None, None
-
-
-_normed_conv.register_autograd(_differentiate, setup_context=_save)
+register_backward(_normed_conv, _backward, outputs=2)
 
 
 def _new_state(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from gdn2.ops.contract import Operands, check_first_order, check_no_tangent
+from gdn2.ops.contract import Operands, check_no_tangent
 from gdn2.ops.in_place import register_step
 from gdn2.ops.step import register_advance
 from gdn2.ops.triton import decode, sequences
+from gdn2.ops.triton.autograd import register_backward
 
 
 def gated_delta_rule(
@@ -68,30 +69,7 @@ def _backward(
     return [t for t in (*grads, dstart) if t is not None]
 
 
-@_backward.register_fake
-def _(dout, dstate, *inputs):  # noqa: ARG001
-    *tensors, _, _ = inputs
-    return [t.new_empty(t.shape) for t in tensors if t is not None]
-
-
-def _save(ctx, inputs, output):  # noqa: ARG001
-    *tensors, ctx.scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dout, dstate):
-    check_first_order()
-    saved = ctx.saved_tensors  # once: an activation checkpoint computes them again at each access
-    if dout is None:
-        dout = torch.zeros_like(saved[2])
-    grads = iter(_backward(dout, dstate, *saved, ctx.scale))
-    *tensors, _ = saved
-    return *(None if t is None else next(grads) for t in tensors), None, None
-
-
-_rule.register_autograd(_differentiate, setup_context=_save)
-
+register_backward(_rule, _backward, outputs=2, like=2)
 
 _step = register_advance("triton_gated_delta_step", decode.gated_delta_step)
 causal_conv_step = register_step(
