@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from gdn2.ops.triton.decay import exp, grow, pairs
-from gdn2.ops.triton.layout import load_rows, locate, store_rows
+from gdn2.ops.triton.layout import load_rows, load_tokens, locate, store_rows, store_tokens
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -86,7 +86,6 @@ def gradients(
         return
     r = tl.arange(0, C)
     first = start + before
-    token = first + r
     live = r < left
     itself = r[:, None] == r[None, :]
 
@@ -114,12 +113,11 @@ def gradients(
                 store_rows(dwrite, first, r, HV * V, at, dz * value, value_in)
                 dz *= gate
             elif WRITE == 1:
-                gate = tl.load(write + token * write_stride + hv, mask=live, other=0.0)
                 dgate += tl.sum(dz * value, 1)
-                dz *= gate.to(tl.float32)[:, None]
+                dz *= load_tokens(write, first, r, write_stride, hv, live)[:, None]
             store_rows(dv, first, r, HV * V, at, dz, value_in)
         if WRITE == 1:
-            tl.store(dwrite + token * HV + hv, dgate.to(dwrite.dtype.element_ty), mask=live)
+            store_tokens(dwrite, first, r, HV, hv, dgate, live)
     dA_itself = tl.sum(tl.where(itself, dA, 0.0), 1)[:, None]
     below = r[:, None] > r[None, :]
     dA = tl.where(below, dA, 0.0)
@@ -127,15 +125,15 @@ def gradients(
 
     prepared = (chunk * P + p) * C
     if ERASE == 1:
-        at_erase = token * erase_stride + p // (P // ERASE_HEADS)
-        erase_gate = tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)[:, None]
+        head = p // (P // ERASE_HEADS)
+        erase_gate = load_tokens(erase, first, r, erase_stride, head, live)[:, None]
         derase_of_head = tl.zeros([C], tl.float32)
     if DECAY < 2:
         before_row = tl.full([C, 1], 1.0, tl.float32)
         after_row = tl.full([C, 1], 1.0, tl.float32)
         if DECAY == 1:
-            at_decay = token * log_decay_stride + p // (P // LOG_DECAY_HEADS)
-            decay = exp(tl.load(log_decay + at_decay, mask=live, other=0.0))
+            head = p // (P // LOG_DECAY_HEADS)
+            decay = exp(load_tokens(log_decay, first, r, log_decay_stride, head, live))
             between = tl.cumprod(tl.where(below, decay[:, None], 1.0), 0)
             dA *= between
             dT *= between
@@ -245,9 +243,7 @@ def gradients(
         store_rows(dk, first, r, P * K, at, dkey, live[:, None])
 
     if ERASE == 1:
-        to = token * P + p
-        tl.store(derase + to, derase_of_head.to(derase.dtype.element_ty), mask=live)
+        store_tokens(derase, first, r, P, p, derase_of_head, live)
     if DECAY == 1:
         dG_of_head = tl.cumsum(dG_of_head, 0, reverse=True) + end_of_head
-        to = token * P + p
-        tl.store(dlog_decay + to, dG_of_head.to(dlog_decay.dtype.element_ty), mask=live)
+        store_tokens(dlog_decay, first, r, P, p, dG_of_head, live)

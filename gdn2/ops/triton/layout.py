@@ -47,6 +47,31 @@ def store_rows(x, first, r, stride, channel, tile, mask):
     tl.store(to, tile.to(x.dtype.element_ty), mask)
 
 
+@triton.jit
+def load_tokens(x, first, r, stride, head, mask):
+    """``x[first + r, head]`` in float32, zero where masked: one number a token."""
+    return tl.load(x + (first + r) * stride + head, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tokens(x, first, r, stride, head, column, mask):
+    """``x[first + r, head] = column``."""
+    to = x + (first + r) * stride + head
+    tl.store(to, column.to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_start(starts, first, kc, vc, V, mask, TRANSFER: tl.constexpr, HAS_STARTS: tl.constexpr):
+    """The state that a scan starts from; of a TRANSFER zeros, then as many columns of identity."""
+    if TRANSFER:
+        S = tl.where(kc[:, None] == (vc - V)[None, :], 1.0, 0.0)
+    elif HAS_STARTS:
+        S = load_rows(starts, first, kc, V, vc, mask)
+    else:
+        S = tl.zeros([kc.shape[0], vc.shape[0]], tl.float32)
+    return S
+
+
 class Pieces(NamedTuple):
     """Pieces of L tokens of all sequences: at most `most`; of packs, the tables of `locate`."""
 

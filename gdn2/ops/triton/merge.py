@@ -13,6 +13,8 @@ of them a program, segments of L tokens.
 import triton
 import triton.language as tl
 
+from gdn2.ops.triton.layout import load_rows, load_start, store_rows
+
 
 @triton.jit(do_not_specialize=["T"])
 def merge(
@@ -46,23 +48,17 @@ def merge(
     vc = block * BV + tl.arange(0, BV)
     k_in = kc < K
     state_in = k_in[:, None] & (vc < V)[None, :]
-    if HAS_STATE:
-        at_state = ((n * HV + hv) * K + kc)[:, None] * V + vc[None, :]
-        S = tl.load(state + at_state, mask=state_in, other=0.0)
-    else:
-        S = tl.zeros([KP, BV], tl.float32)
+    S = load_start(state, (n * HV + hv) * K, kc, vc, V, state_in, False, HAS_STATE)
     for i in tl.range(0, segments - 1):
         segment = first + (segments - 1 - i if BACK else i)
-        rows = (segment * HV + hv) * K + kc
-        tl.store(starts + rows[:, None] * V + vc[None, :], S, mask=state_in)
-        at_transfer = rows[:, None] * (V + K)
-        new = tl.load(transfers + at_transfer + vc[None, :], mask=state_in, other=0.0)
+        row = (segment * HV + hv) * K
+        store_rows(starts, row, kc, V, vc, S, state_in)
+        new = load_rows(transfers, row, kc, V + K, vc, state_in)
         for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
             c = first_channel + tl.arange(0, BK)
-            M = tl.load(transfers + at_transfer + (V + c)[None, :], mask=k_in[:, None], other=0.0)
+            M = load_rows(transfers, row, kc, V + K, V + c, k_in[:, None])
             S_c = tl.gather(S, tl.broadcast_to(c[:, None], [BK, BV]), 0)
             new = tl.dot(M, S_c, acc=new, input_precision="tf32x3")
         S = new
     segment = first + (0 if BACK else segments - 1)
-    rows = (segment * HV + hv) * K + kc
-    tl.store(starts + rows[:, None] * V + vc[None, :], S, mask=state_in)
+    store_rows(starts, (segment * HV + hv) * K, kc, V, vc, S, state_in)

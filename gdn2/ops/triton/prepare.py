@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gdn2.ops.triton.decay import exp, grow, pairs
-from gdn2.ops.triton.layout import load_rows, locate, store_rows
+from gdn2.ops.triton.layout import load_rows, load_tokens, locate, store_rows
 
 
 @triton.jit
@@ -83,7 +83,6 @@ def prepare_under_channel_decay(
         return
     r = tl.arange(0, C)
     first = start + before
-    token = first + r
     live = (r < left)[:, None]
     first_row = (chunk.to(tl.int64) * P + p) * C  # of what is written
     a_qk = tl.zeros([C, C], tl.float32)
@@ -100,10 +99,8 @@ def prepare_under_channel_decay(
             at = p // (P // ERASE_HEADS) * K + c
             erased = key * load_rows(erase, first, r, erase_stride, at, live).to(tl.float32)
         elif ERASE == 1:
-            gate = tl.load(
-                erase + token * erase_stride + p // (P // ERASE_HEADS), mask=r < left, other=0.0
-            )
-            erased = key * gate.to(tl.float32)[:, None]
+            head = p // (P // ERASE_HEADS)
+            erased = key * load_tokens(erase, first, r, erase_stride, head, r < left)[:, None]
         a_qk += tl.where(r[:, None] == r[None, :], tl.sum(query * key, 1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, loop_unroll_factor=1):
             upper, pair = pairs(r, level)
@@ -168,7 +165,6 @@ def prepare_under_head_decay(
         return
     r = tl.arange(0, C)
     first = start + before
-    token = first + r
     live = r < left
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
@@ -189,8 +185,8 @@ def prepare_under_head_decay(
     a_qk *= scale
     first_row = (chunk.to(tl.int64) * P + p) * C
     if DECAY:
-        at_decay = token * log_decay_stride + p // (P // LOG_DECAY_HEADS)
-        decay = exp(tl.load(log_decay + at_decay, mask=live, other=0.0))
+        head = p // (P // LOG_DECAY_HEADS)
+        decay = exp(load_tokens(log_decay, first, r, log_decay_stride, head, live))
         # between[r, s]: the product of decay over s < i <= r, and of nothing else
         between = tl.cumprod(tl.where(r[:, None] > r[None, :], decay[:, None], 1.0), 0)
         a_qk *= between
@@ -198,8 +194,8 @@ def prepare_under_head_decay(
         tl.store(prefix + first_row + r, tl.cumprod(decay, 0))
         tl.store(suffix + first_row + r, tl.sum(tl.where(r[:, None] == C - 1, between, 0.0), 0))
     if ERASE == 1:
-        at_erase = token * erase_stride + p // (P // ERASE_HEADS)
-        t *= tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)[:, None]
+        head = p // (P // ERASE_HEADS)
+        t *= load_tokens(erase, first, r, erase_stride, head, live)[:, None]
     a_qk = tl.where(r[:, None] >= r[None, :], a_qk, 0.0)
     store_rows(scores, first_row, r, C, r, a_qk, None)
     if ERASE:

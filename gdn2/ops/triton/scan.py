@@ -21,7 +21,7 @@ power of two), V value channels, BV of them a program.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, locate, store_rows
+from gdn2.ops.triton.layout import load_rows, load_start, load_tokens, locate, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -99,15 +99,9 @@ def scan(
     v_in = vc < V
     state_in = k_in[:, None] & (vc < columns_of_state)[None, :]
     first_state = (segment.to(tl.int64) * HV + hv) * K
-    if TRANSFER:
-        S = tl.where(kc[:, None] == (vc - V)[None, :], 1.0, 0.0)
-    elif HAS_STARTS:
-        S = load_rows(starts, first_state, kc, V, vc, state_in)
-    else:
-        S = tl.zeros([KP, BV], tl.float32)
+    S = load_start(starts, first_state, kc, vc, V, state_in, TRANSFER, HAS_STARTS)
     for i in tl.range(0, tl.cdiv(tl.minimum(length, L), C)):
         first = start + i * C
-        token = first + r
         live = r < length - i * C
         first_row = ((chunk_0 + i) * P + p) * C
         in_chunk = first_row * C + r[:, None] * C + r[None, :]
@@ -116,8 +110,7 @@ def scan(
         if WRITE == 2:
             z *= load_rows(write, first, r, write_stride, hv * V + vc, z_in).to(tl.float32)
         elif WRITE == 1:
-            at_write = token * write_stride + hv
-            z *= tl.load(write + at_write, mask=live, other=0.0).to(tl.float32)[:, None]
+            z *= load_tokens(write, first, r, write_stride, hv, live)[:, None]
         S_read = S.to(DOT)
         if DECAY == 2:
             rows_in = k_in[None, :]
@@ -136,8 +129,8 @@ def scan(
                 erased = (keys.to(tl.float32) * gate).to(DOT)
                 read = tl.dot(erased, S_read, input_precision=PRECISION)
             elif ERASE == 1:
-                at_erase = token * erase_stride + hv // (HV // ERASE_HEADS)
-                gate = tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)
+                head = hv // (HV // ERASE_HEADS)
+                gate = load_tokens(erase, first, r, erase_stride, head, live)
                 read = tl.dot(keys, S_read, input_precision=PRECISION) * gate[:, None]
             if ERASE:
                 z -= read * decay if DECAY == 1 else read

@@ -15,7 +15,7 @@ Axes as in `scan`.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, locate, store_rows
+from gdn2.ops.triton.layout import load_rows, load_start, load_tokens, locate, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -88,17 +88,11 @@ def scan_back(
     v_in = vc < V
     state_in = k_in[:, None] & (vc < columns_of_state)[None, :]
     first_state = (segment.to(tl.int64) * HV + hv) * K
-    if TRANSFER:
-        dS = tl.where(kc[:, None] == (vc - V)[None, :], 1.0, 0.0)
-    elif HAS_STARTS:
-        dS = load_rows(starts, first_state, kc, V, vc, state_in)
-    else:
-        dS = tl.zeros([KP, BV], tl.float32)
+    dS = load_start(starts, first_state, kc, vc, V, state_in, TRANSFER, HAS_STARTS)
     chunks = tl.cdiv(tl.minimum(length, L), C)
     for j in tl.range(0, chunks):
         i = chunks - 1 - j
         first = start + i * C
-        token = first + r
         live = r < length - i * C
         first_row = ((chunk_0 + i) * P + p) * C
         in_chunk = first_row * C + r[:, None] * C + r[None, :]
@@ -143,8 +137,8 @@ def scan_back(
                 gate = load_rows(erase, first, r, erase_stride, at, rows_in).to(tl.float32)
                 erased = (keys.to(tl.float32) * gate).to(DOT)
             elif ERASE == 1:
-                at_erase = token * erase_stride + hv // (HV // ERASE_HEADS)
-                dX *= tl.load(erase + at_erase, mask=live, other=0.0).to(tl.float32)[:, None]
+                head = hv // (HV // ERASE_HEADS)
+                dX *= load_tokens(erase, first, r, erase_stride, head, live)[:, None]
                 erased = keys
         if ERASE:
             dS = tl.dot(tl.trans(erased), (-dX).to(DOT), acc=dS, input_precision=PRECISION)
