@@ -37,6 +37,7 @@ from benchmarks.timing import (
     parse,
     runs,
     show_table,
+    show_timings,
 )
 from gdn2.ops import gated_delta_step
 
@@ -231,19 +232,14 @@ def _replayed(step: Callable[[Tensor], object], states: Tensor) -> Callable[[], 
 
 
 def show(rows: Sequence[Timing], errors: Mapping[tuple[str, str], float]) -> None:
-    """Ratios are of medians, to the direction's first row."""
-    first: dict[str, Timing] = {}
-    table = Table("direction", "backend", title=rows[0].case.name, title_justify="left")
-    for heading in ("min ms", "median ms", "ratio", "share of copy", "peak MB", "error"):
-        table.add_column(heading, justify="right")
-    for t in rows:
-        peak = "" if t.peak_mb is None else f"{t.peak_mb:.0f}"
+    def share(t: Timing) -> str:
+        return f"{t.share_of_copy:.1%}"
+
+    def wrong(t: Timing) -> str:
         key = t.direction, t.backend
-        wrong = f"{errors[key]:.1e}" if key in errors else ""
-        ratio = t.median_ms / first.setdefault(t.direction, t).median_ms
-        times = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{ratio:.2f}"
-        table.add_row(*key, *times, f"{t.share_of_copy:.1%}", peak, wrong)
-    show_table(table)
+        return f"{errors[key]:.1e}" if key in errors else ""
+
+    show_timings(rows, rows[0].case.name, {"share of copy": share, "error": wrong})
 
 
 def show_kernels(case: Case, device: torch.device, rate: float) -> None:

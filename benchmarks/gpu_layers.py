@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gated_delta_rule import MEMBERS
 from benchmarks.gpu import peak_mb
 from benchmarks.peers import load_layer
 from benchmarks.timing import (
@@ -36,6 +37,7 @@ from benchmarks.timing import (
     parse,
     runs,
     show_table,
+    show_timings,
 )
 from gdn2.data import Batch
 from gdn2.models import MIXERS, Gdn2Config, Gdn2ForCausalLM
@@ -48,7 +50,6 @@ from gdn2.train.loop import backward
 from gdn2.train.optim import build_optimizer
 
 PRESET = "gdn2_1p3b_hybrid"
-MEMBERS = ("gdn2", "kda", "gated_deltanet")
 SHAPES = ((8, 2048), (4, 4096), (2, 8192), (1, 16_384))  # B, T
 SUITES = ("layers", "blocks", "steps")
 DTYPE = torch.bfloat16
@@ -141,19 +142,10 @@ def step(
 
 
 def show(rows: Sequence[Timing]) -> None:
-    """Ratios are of medians, to the direction's first row."""
-    first: dict[str, Timing] = {}
-    case = rows[0].case
-    table = Table("direction", "backend", title=case.name, title_justify="left")
-    for heading in ("min ms", "median ms", "ratio", "tokens/s", "peak MB"):
-        table.add_column(heading, justify="right")
-    for t in rows:
-        ratio = t.median_ms / first.setdefault(t.direction, t).median_ms
-        rate = 1000 * case.B * case.T / t.median_ms
-        peak = "" if t.peak_mb is None else f"{t.peak_mb:.0f}"
-        times = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{ratio:.2f}", f"{rate:,.0f}"
-        table.add_row(t.direction, t.backend, *times, peak)
-    show_table(table)
+    def rate(t: Timing) -> str:
+        return f"{1000 * t.case.B * t.case.T / t.median_ms:,.0f}"
+
+    show_timings(rows, rows[0].case.name, {"tokens/s": rate})
 
 
 def show_parts(case: Case, module: nn.Module, device: torch.device) -> None:
@@ -201,9 +193,10 @@ def main(
                     build = layers if suite == "layers" else blocks
                     modules = {n: m.to(where, DTYPE) for n, m in build(config, title).items()}
                     rows = measure(case, modules, args.rounds, where)
-                    show_parts(case, modules["triton"], where)
                 show(rows)
                 append(rows, args.csv, where, Path(__file__).name)
+                if suite != "steps":
+                    show_parts(case, modules["triton"], where)
     return 0
 
 

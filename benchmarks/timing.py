@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,22 @@ def _row(t: Timing) -> dict[str, object]:
 
 def show_table(table: Table) -> None:
     Console(width=None if Console().is_terminal else WIDE).print(table)
+
+
+def show_timings(
+    rows: Sequence[Timing], title: str, more: Mapping[str, Callable[[Timing], str]]
+) -> None:
+    """With `more` columns by heading. Ratios are of medians, to the direction's first row."""
+    first: dict[str, Timing] = {}
+    table = Table("direction", "backend", title=title, title_justify="left")
+    for heading in ("min ms", "median ms", "ratio", "peak MB", *more):
+        table.add_column(heading, justify="right")
+    for t in rows:
+        ratio = t.median_ms / first.setdefault(t.direction, t).median_ms
+        numbers = f"{t.min_ms:.3f}", f"{t.median_ms:.3f}", f"{ratio:.2f}"
+        peak = "" if t.peak_mb is None else f"{t.peak_mb:.0f}"
+        table.add_row(t.direction, t.backend, *numbers, peak, *(text(t) for text in more.values()))
+    show_table(table)
 
 
 def command_line(
