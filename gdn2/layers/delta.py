@@ -1,4 +1,4 @@
-"""The delta family: Gated DeltaNet-2, Gated DeltaNet and KDA differ in their gates alone.
+"""The delta family: Gated DeltaNet-2, KDA, Gated DeltaNet and DeltaNet differ in gates alone.
 
 Axes: B batch, T time, N sequences, D model width, H key heads, HV value heads (a multiple of H),
 K key channels, V value channels, W taps of the short convolution. Equation numbers are those of
@@ -6,7 +6,7 @@ docs/math.md.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from gdn2.modules.norm import GatedRMSNorm
 from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step, l2_norm, normed_conv
 from gdn2.ops.gates import gate, log_decay
 
-STATISTICS_SAMPLES = 64  # tokens of a sequence that the gate means look at
-
+GATE_FORMS = ("channel", "head")
 Maps = dict[str, Tensor]
 Convolved = tuple[Tensor, Tensor]  # outputs by head, and the state
 
@@ -57,7 +56,8 @@ class DeltaMixer(nn.Module):
         head_k_dim: K. head_v_dim: V, None for K.
         conv_size: W.
         erase_range: upper end of the erase gate, 1.0, or 2.0 to allow negative eigenvalues. Where
-            erase and write are one gate (Gated DeltaNet, KDA), of both.
+            erase and write are one gate (all but GDN-2), of both.
+        decay_lower_bound: a negative number, of the logarithm of a decay (`ops.gates.log_decay`).
         output_gate: act, "silu" or "sigmoid". None: the member's own.
         output_gate_rank: rank of W_g. None: full. "native": the member's own.
         norm_eps: epsilon of the output norm.
@@ -67,8 +67,6 @@ class DeltaMixer(nn.Module):
     native_gate_is_low_rank: bool  # through V channels
     gate_maps: tuple[str, ...]  # the maps of x that gates are made from
     rate_range = (1.0, 16.0)  # where exp(A_log) starts
-    A_log: nn.Parameter
-    dt_bias: nn.Parameter
 
     def __init__(
         self,
@@ -80,6 +78,7 @@ class DeltaMixer(nn.Module):
         head_v_dim: int | None = None,
         conv_size: int = 4,
         erase_range: float = 1.0,
+        decay_lower_bound: float | None = None,
         output_gate: str | None = None,
         output_gate_rank: int | Literal["native"] | None = "native",
         norm_eps: float = 1e-5,
@@ -94,7 +93,7 @@ class DeltaMixer(nn.Module):
             raise ValueError(f"erase_range must be 1.0 or 2.0, got {erase_range}")
         self.hidden_size, self.num_heads, self.num_v_heads = hidden_size, num_heads, num_v_heads
         self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
-        self.erase_range = erase_range
+        self.erase_range, self.decay_lower_bound = erase_range, decay_lower_bound
         keys, values = num_heads * head_k_dim, num_v_heads * head_v_dim
 
         self.q_proj = XavierLinear(hidden_size, keys, bias=False)
@@ -103,6 +102,8 @@ class DeltaMixer(nn.Module):
         self.q_conv1d = nn.Conv1d(keys, keys, conv_size, groups=keys, bias=False)
         self.k_conv1d = nn.Conv1d(keys, keys, conv_size, groups=keys, bias=False)
         self.v_conv1d = nn.Conv1d(values, values, conv_size, groups=values, bias=False)
+        self.A_log: nn.Parameter | None = None  # of members that decay
+        self.dt_bias: nn.Parameter | None = None
         self.build_gates()
         if output_gate_rank == "native":
             output_gate_rank = head_v_dim if self.native_gate_is_low_rank else None
@@ -114,7 +115,7 @@ class DeltaMixer(nn.Module):
         self.reset_parameters()
 
     def build_gates(self) -> None:
-        """Create the parameters of `gates`, A_log and dt_bias among them."""
+        """Create the parameters of `gates`."""
         raise NotImplementedError
 
     def gates(self, maps: Maps) -> Gates:
@@ -123,8 +124,15 @@ class DeltaMixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw A_log and dt_bias; submodules know their own laws."""
-        reset_rate(self.A_log, *self.rate_range)
-        reset_step_bias(self.dt_bias)
+        if self.A_log is not None and self.dt_bias is not None:
+            reset_rate(self.A_log, *self.rate_range)
+            reset_step_bias(self.dt_bias)
+
+    @property
+    def operator_flops(self) -> int:
+        """Of a token, per entry of the state: read to erase 2, write 2, read 2, and decay 1."""
+        decay = int(self.A_log is not None)
+        return (6 + decay) * self.num_v_heads * self.head_k_dim * self.head_v_dim
 
     def forward(
         self, x: Tensor, *, state: DeltaState | None = None, cu_seqlens: Tensor | None = None
@@ -151,7 +159,7 @@ class DeltaMixer(nn.Module):
         q, k, v, *convs = self._queries_keys_values(maps, state, convolve)
         gates = self.gates(maps)
         if self.training:
-            self._record(gates, every=max(1, x.shape[1] // STATISTICS_SAMPLES))
+            self.gate_means = gates.means()
         out, memory = gated_delta_rule(
             q,
             k,
@@ -207,13 +215,16 @@ class DeltaMixer(nn.Module):
         out = self.o_norm(out, split_heads(maps["g_proj"], self.num_v_heads))
         return self.o_proj(out.flatten(-2))
 
-    @torch.no_grad()
-    def _record(self, gates: Gates, every: int) -> None:
-        """Remember the mean of each gate over every few tokens, for the model's statistics."""
-        sample = {name: x[:, ::every] for name, x in gates._asdict().items() if x is not None}
-        if "log_decay" in sample:
-            sample["decay"] = sample.pop("log_decay").exp()
-        self.gate_means = {name: x.detach().mean() for name, x in sample.items()}
+    def _log_decay(self, f: Tensor) -> Tensor:
+        """Of ``f [..., heads * channels]``, per channel, or ``[..., heads]`` (Eq. 11)."""
+        assert self.A_log is not None
+        assert self.dt_bias is not None
+        A_log: Tensor = self.A_log
+        dt_bias: Tensor = self.dt_bias
+        if A_log.shape != dt_bias.shape:
+            f, dt_bias = split_heads(f, len(A_log)), split_heads(dt_bias, len(A_log))
+            A_log = A_log.unsqueeze(1)
+        return log_decay(f, A_log, dt_bias, lower_bound=self.decay_lower_bound)
 
 
 class GatedDeltaNet2(DeltaMixer):
@@ -224,11 +235,31 @@ class GatedDeltaNet2(DeltaMixer):
         write     = sigmoid(w_proj(x))                              [B, T, HV, V]
 
     Parameter names are those of the official checkpoints.
+
+    Args:
+        erase_gate, write_gate: "channel", or "head" for the mean over the head's channels, with the
+            same parameters (the ablations of arXiv 2605.22791, Table 5).
+        options: those of `DeltaMixer`.
     """
 
     native_output_gate = "silu"
     native_gate_is_low_rank = True
     gate_maps = ("f_proj", "b_proj", "w_proj")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        erase_gate: str = "channel",
+        write_gate: str = "channel",
+        **options: Any,
+    ):
+        for name, form in (("erase_gate", erase_gate), ("write_gate", write_gate)):
+            if form not in GATE_FORMS:
+                raise ValueError(f"{name} must be one of {GATE_FORMS}, got {form!r}")
+        super().__init__(hidden_size, num_heads, **options)
+        self.erase_gate, self.write_gate = erase_gate, write_gate
 
     def build_gates(self) -> None:
         keys, values = self.num_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
@@ -239,17 +270,31 @@ class GatedDeltaNet2(DeltaMixer):
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
     def gates(self, maps: Maps) -> Gates:
-        H, HV = self.num_heads, self.num_v_heads
+        erase = gate(split_heads(maps["b_proj"], self.num_heads), self.erase_range)
+        write = gate(split_heads(maps["w_proj"], self.num_v_heads))
         return Gates(
-            log_decay=log_decay(
-                split_heads(maps["f_proj"], H), self.A_log[:, None], split_heads(self.dt_bias, H)
-            ),
-            erase=gate(split_heads(maps["b_proj"], H), self.erase_range),
-            write=gate(split_heads(maps["w_proj"], HV)),
+            log_decay=self._log_decay(maps["f_proj"]),
+            erase=erase.mean(-1) if self.erase_gate == "head" else erase,
+            write=write.mean(-1) if self.write_gate == "head" else write,
         )
 
 
-class KimiDeltaAttention(DeltaMixer):
+class TiedMixer(DeltaMixer):
+    """A member with one gate to erase and write, per value head.
+
+    erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
+    """
+
+    def build_gates(self) -> None:
+        self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
+
+    def gates(self, maps: Maps) -> Gates:
+        beta = gate(maps["b_proj"], self.erase_range)
+        decay = None if self.A_log is None else self._log_decay(maps[self.gate_maps[0]])
+        return Gates(log_decay=decay, erase=beta, write=beta)
+
+
+class KimiDeltaAttention(TiedMixer):
     """KDA (Eq. 7): decay per key channel, one gate to erase and write, per value head.
 
     log_decay   = -exp(A_log) * softplus(f_proj(x) + dt_bias)   [B, T, HV, K]
@@ -261,22 +306,14 @@ class KimiDeltaAttention(DeltaMixer):
     gate_maps = ("f_proj", "b_proj")
 
     def build_gates(self) -> None:
+        super().build_gates()
         keys = self.num_v_heads * self.head_k_dim
         self.f_proj = low_rank(self.hidden_size, self.head_v_dim, keys)
-        self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
 
-    def gates(self, maps: Maps) -> Gates:
-        HV = self.num_v_heads
-        beta = gate(maps["b_proj"], self.erase_range)
-        decay = log_decay(
-            split_heads(maps["f_proj"], HV), self.A_log[:, None], split_heads(self.dt_bias, HV)
-        )
-        return Gates(log_decay=decay, erase=beta, write=beta)
 
-
-class GatedDeltaNet(DeltaMixer):
+class GatedDeltaNet(TiedMixer):
     """Gated DeltaNet (Eq. 6): one decay and one gate to erase and write, per value head.
 
     log_decay   = -exp(A_log) * softplus(a_proj(x) + dt_bias)   [B, T, HV]
@@ -289,11 +326,18 @@ class GatedDeltaNet(DeltaMixer):
     rate_range = (0.01, 16.0)
 
     def build_gates(self) -> None:
+        super().build_gates()
         self.a_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
-        self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
 
-    def gates(self, maps: Maps) -> Gates:
-        beta = gate(maps["b_proj"], self.erase_range)
-        return Gates(log_decay(maps["a_proj"], self.A_log, self.dt_bias), erase=beta, write=beta)
+
+class DeltaNet(TiedMixer):
+    """DeltaNet (arXiv 2406.06484): nothing decays, one gate to erase and write, per value head.
+
+    erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
+    """
+
+    native_output_gate = "silu"
+    native_gate_is_low_rank = False
+    gate_maps = ("b_proj",)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdn2.layers import Attention, DeltaMixer
+from gdn2.layers import Attention
 from gdn2.models.configuration import Gdn2Config
-from gdn2.models.mixers import MIXERS
+from gdn2.models.mixers import MIXERS, Recurrent
 from gdn2.modules.mlp import SwiGLU
-
-RECURRENT_STATE_BYTES = 4  # the state is fp32 whatever the model is
 
 
 def account(
@@ -25,33 +23,34 @@ def account(
         tied to the embedding); blocks = mixers + mlps + norms; total.
 
     flops_per_token: of the forward pass, averaged over a sequence of `length`, a multiply-add as
-        two. projections: 2 per weight of a linear map. convolutions: 2 per tap. operator: 7 per
-        entry of the recurrent state (decay 1, read to erase 2, write 2, read 2), which is the
-        token recurrence and not what a chunked algorithm spends. attention: 4 per channel and
-        visible token (scores 2, values 2). head: 2 per weight. Norms, gates and activations count
-        nothing. training = 3 x forward: the backward pass does every product twice.
+        two. projections: 2 per weight of a linear map. convolutions: 2 per tap. operator: the token
+        recurrence (`operator_flops` of a layer), which is not what a chunked algorithm spends.
+        attention: 4 per channel and visible token (scores 2, values 2). head: 2 per weight. Norms,
+        gates and activations count nothing. training = 3 x forward: the backward pass does every
+        product twice.
 
-    state_bytes: what generation carries from token to token for one sequence. recurrent: fp32
-        [HV, K, V] per layer. convolution: the last W - 1 inputs, in `dtype`. attention: keys and
-        values, in `dtype`, of the window, or of `length` tokens with full attention.
+    state_bytes: what generation carries from token to token for one sequence. recurrent: the
+        operator's state, fp32. last_tokens: inputs of the short convolutions in `dtype`, and
+        Mamba-3's last key, value and angle. attention: keys and values, in `dtype`, of the window,
+        or of `length` tokens with full attention.
     """
     with torch.device("meta"):
-        layers = {name: MIXERS[name].build(config) for name in dict.fromkeys(config.layer_mixers)}
+        built = {name: MIXERS[name].build(config) for name in dict.fromkeys(config.layer_mixers)}
         mlp = SwiGLU(config.hidden_size, config.intermediate_size)
     depth = config.num_hidden_layers
-    mixers = [layers[name] for name in config.layer_mixers]
-    delta = [layer for layer in mixers if isinstance(layer, DeltaMixer)]
+    mixers = [built[name] for name in config.layer_mixers]
+    recurrent = [layer for layer in mixers if not isinstance(layer, Attention)]
     attention = [layer for layer in mixers if isinstance(layer, Attention)]
 
     by_name = {
-        name: config.layer_mixers.count(name) * _weights(layer) for name, layer in layers.items()
+        name: config.layer_mixers.count(name) * _weights(layer) for name, layer in built.items()
     }
     embedding = config.vocab_size * config.hidden_size
     parameters: dict[str, Any] = {
         "embedding": embedding,
         "mixers": by_name,
         "mlps": depth * _weights(mlp),
-        "norms": 2 * depth * config.hidden_size,
+        "norms": (2 if config.intermediate_size else 1) * depth * config.hidden_size,
         "final_norm": config.hidden_size,
         "head": 0 if config.tie_word_embeddings else embedding,
     }
@@ -62,17 +61,18 @@ def account(
     linear = sum(_weights(layer, nn.Linear) for layer in mixers) + depth * _weights(mlp, nn.Linear)
     flops = {
         "projections": 2 * linear,
-        "convolutions": 2 * sum(_weights(layer, nn.Conv1d) for layer in delta),
-        "operator": 7 * sum(_state_entries(layer) for layer in delta),
+        "convolutions": 2 * sum(_weights(layer, nn.Conv1d) for layer in recurrent),
+        "operator": sum(layer.operator_flops for layer in recurrent),
         "attention": round(sum(4 * _channels(x) * _visible(x, length) for x in attention)),
         "head": 2 * embedding,
     }
     flops["forward"] = sum(flops.values())
     flops["training"] = 3 * flops["forward"]
 
+    carried = [_state_bytes(layer, config.hidden_size, dtype) for layer in recurrent]
     state = {
-        "recurrent": RECURRENT_STATE_BYTES * sum(_state_entries(layer) for layer in delta),
-        "convolution": dtype.itemsize * sum(_conv_entries(layer) for layer in delta),
+        "recurrent": sum(memory for memory, _ in carried),
+        "last_tokens": sum(others for _, others in carried),
         "attention": dtype.itemsize
         * sum(2 * _channels(x) * (x.window or length) for x in attention),
     }
@@ -89,13 +89,10 @@ def _weights(module: nn.Module, kind: type[nn.Module] | None = None) -> int:
     )
 
 
-def _state_entries(layer: DeltaMixer) -> int:
-    return layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
-
-
-def _conv_entries(layer: DeltaMixer) -> int:
-    convs = [part for part in layer.modules() if isinstance(part, nn.Conv1d)]
-    return sum(conv.out_channels * (conv.kernel_size[0] - 1) for conv in convs)
+def _state_bytes(layer: Recurrent, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of the operator's state, and of all else that the layer, in `dtype`, returns."""
+    _, state = layer.to(dtype)(torch.empty(1, 0, hidden_size, dtype=dtype, device="meta"))
+    return state.state.nbytes, sum(tensor.nbytes for tensor in state) - state.state.nbytes
 
 
 def _channels(layer: Attention) -> int:

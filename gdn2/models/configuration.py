@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
+from gdn2.layers.delta import GATE_FORMS
+from gdn2.layers.mamba3 import MOST_RANKS, SSM_DECAYS, count_angles
 from gdn2.models.mixers import MIXERS
 from gdn2.ops.norm import OUTPUT_GATES
 
@@ -35,16 +37,22 @@ HF_KEYS = {f.name for f in dataclasses.fields(PretrainedConfig)} | {
 
 
 class Gdn2Config(PretrainedConfig):
-    """Configuration of a language model of gated delta-rule and attention layers.
+    """Configuration of a language model of recurrent and attention layers.
 
     Args:
         mixers: a name of `MIXERS` per layer, or a pattern that is repeated over the layers, such
             as ``["gdn2", "sliding_attention"]``. `layer_types` follows from it.
-        num_heads, num_v_heads, head_k_dim, head_v_dim, conv_size, erase_range, output_gate,
+        num_heads, num_v_heads, head_k_dim, head_v_dim, erase_range, decay_lower_bound, output_gate,
             output_gate_rank: of the delta family, as `gdn2.layers.DeltaMixer` has them.
-        intermediate_size: of the SwiGLU behind every mixer.
+        erase_gate, write_gate: of gdn2, as `gdn2.layers.GatedDeltaNet2` has them.
+        conv_size: of the short convolutions of the delta family and of mamba2.
+        mamba_inner_size, mamba_head_dim, state_size, num_groups: of both Mamba layers.
+        conv_bias: of mamba2, as `gdn2.layers.Mamba2` has it.
+        mimo_rank, rope_fraction, ssm_decay, mamba3_output_norm: of mamba3, as `gdn2.layers.Mamba3`
+            has them.
         num_attention_heads, attention_head_dim, rope_theta, sliding_window: of the attention
             layers.
+        intermediate_size: of the SwiGLU behind every mixer. 0: there is none.
         max_position_embeddings: no position is ever embedded; the length that evaluations cut at.
 
     The defaults are the 1.3B model. Raises ValueError, with the name, for a key that does not
@@ -65,8 +73,20 @@ class Gdn2Config(PretrainedConfig):
         head_v_dim: int | None = None,
         conv_size: int = 4,
         erase_range: float = 1.0,
+        erase_gate: str = "channel",
+        write_gate: str = "channel",
+        decay_lower_bound: float | None = None,
         output_gate: str | None = None,
         output_gate_rank: int | Literal["native"] | None = "native",
+        mamba_inner_size: int = 4096,
+        mamba_head_dim: int = 64,
+        state_size: int = 64,
+        num_groups: int = 1,
+        conv_bias: bool = True,
+        mimo_rank: int = 1,
+        rope_fraction: float = 0.5,
+        ssm_decay: str = "softplus",
+        mamba3_output_norm: bool = False,
         intermediate_size: int = 6208,
         num_attention_heads: int = 18,
         attention_head_dim: int = 128,
@@ -108,23 +128,43 @@ class Gdn2Config(PretrainedConfig):
         return [MIXERS[name].layer_type for name in self.layer_mixers]
 
     def _check_values(self) -> None:
-        for name in POSITIVE_INTEGERS:
-            value = getattr(self, name)
+        for name in SIZES:
+            value, least = getattr(self, name), int(name != "intermediate_size")
             optional = name in ("num_v_heads", "head_v_dim")
-            if not (_is_int(value) and value > 0) and not (optional and value is None):
+            if not (_is_int(value) and value >= least) and not (optional and value is None):
+                kind = "a positive integer" if least else "an integer, 0 or more"
                 also = " or None" if optional else ""
-                raise ValueError(f"{name} must be a positive integer{also}, got {value!r}")
+                raise ValueError(f"{name} must be {kind}{also}, got {value!r}")
             largest = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
             if value is not None and value > largest:
                 raise ValueError(f"{name} must be at most {largest:,}, got {value:,}")
         for name in ("rope_theta", "norm_eps", "initializer_range"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 < value < math.inf):
+            if not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-        for name in ("tie_word_embeddings", "use_cache"):
+        for name in ("tie_word_embeddings", "use_cache", "conv_bias", "mamba3_output_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        self._check_mixers()
+        self._check_delta()
+        self._check_mamba()
+        self._check_widths()
+        self._check_token_ids()
+        if self.attention_head_dim % 2:
+            raise ValueError(
+                f"attention_head_dim must be even (rotary pairs), got {self.attention_head_dim}"
+            )
+        for name, owners in OWNERS.items():
+            if getattr(self, name) != DEFAULTS[name] and not owners & set(self.mixers):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is for {' or '.join(sorted(owners))}, and "
+                    f"mixers are {self.mixers}"
+                )
+
+    def _check_delta(self) -> None:
         if self.num_v_heads is not None and self.num_v_heads % self.num_heads:
             raise ValueError(
                 f"num_v_heads must be a multiple of num_heads = {self.num_heads}, "
@@ -132,30 +172,35 @@ class Gdn2Config(PretrainedConfig):
             )
         if isinstance(self.erase_range, bool) or self.erase_range not in (1.0, 2.0):
             raise ValueError(f"erase_range must be 1.0 or 2.0, got {self.erase_range!r}")
-        if self.output_gate not in (None, *OUTPUT_GATES):
-            raise ValueError(
-                f"output_gate must be None (the mixer's own) or one of {OUTPUT_GATES}, "
-                f"got {self.output_gate!r}"
-            )
+        bound = self.decay_lower_bound
+        if bound is not None and not (_is_number(bound) and -math.inf < bound < 0):
+            raise ValueError(f"decay_lower_bound must be None or a negative number, got {bound!r}")
         rank = self.output_gate_rank
         if rank not in (None, "native") and not (_is_int(rank) and 0 < rank <= LARGEST):
             raise ValueError(
                 'output_gate_rank must be "native" (the mixer\'s own), None (full) or a positive '
                 f"integer up to {LARGEST:,}, got {rank!r}"
             )
-        self._check_widths()
-        self._check_token_ids()
-        if self.attention_head_dim % 2:
+
+    def _check_mamba(self) -> None:
+        if self.mamba_inner_size % (self.mamba_head_dim * self.num_groups):
             raise ValueError(
-                f"attention_head_dim must be even (rotary pairs), got {self.attention_head_dim}"
+                "mamba_inner_size must be a multiple of mamba_head_dim x num_groups = "
+                f"{self.mamba_head_dim} x {self.num_groups}, got {self.mamba_inner_size}"
             )
-        self._check_mixers()
+        if self.mimo_rank > MOST_RANKS:
+            raise ValueError(f"mimo_rank must be at most {MOST_RANKS}, got {self.mimo_rank}")
+        if not _is_number(self.rope_fraction):
+            raise ValueError(f"rope_fraction must be a number, got {self.rope_fraction!r}")
+        count_angles(self.state_size, self.rope_fraction)
 
     def _check_widths(self) -> None:
         v_heads, v_dim = self.num_v_heads or self.num_heads, self.head_v_dim or self.head_k_dim
+        mamba_heads = self.mamba_inner_size // self.mamba_head_dim
         for names, heads, dim in (
             ("num_heads x head_k_dim", self.num_heads, self.head_k_dim),
             ("num_v_heads x head_v_dim", v_heads, v_dim),
+            ("mamba heads x state_size", mamba_heads, self.state_size),
             (
                 "num_attention_heads x attention_head_dim",
                 self.num_attention_heads,
@@ -213,8 +258,13 @@ class Gdn2Config(PretrainedConfig):
         """Do nothing: saving again must write the same files, not copies of this package."""
 
 
-NAMES = [name for name in inspect.signature(Gdn2Config).parameters if name != "kwargs"]
-POSITIVE_INTEGERS = (
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Gdn2Config).parameters.items()
+    if name != "kwargs"
+}
+NAMES = list(DEFAULTS)
+SIZES = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -223,16 +273,42 @@ POSITIVE_INTEGERS = (
     "head_k_dim",
     "head_v_dim",
     "conv_size",
+    "mamba_inner_size",
+    "mamba_head_dim",
+    "state_size",
+    "num_groups",
+    "mimo_rank",
     "intermediate_size",
     "num_attention_heads",
     "attention_head_dim",
     "sliding_window",
     "max_position_embeddings",
 )
+CHOICES = {
+    "erase_gate": GATE_FORMS,
+    "write_gate": GATE_FORMS,
+    "output_gate": (None, *OUTPUT_GATES),
+    "ssm_decay": SSM_DECAYS,
+}
+# Who reads a choice; set to another value, it must not go unread.
+OWNERS = {
+    "erase_gate": {"gdn2"},
+    "write_gate": {"gdn2"},
+    "decay_lower_bound": {"gdn2", "gated_deltanet", "kda"},
+    "conv_bias": {"mamba2"},
+    "mimo_rank": {"mamba3"},
+    "rope_fraction": {"mamba3"},
+    "ssm_decay": {"mamba3"},
+    "mamba3_output_norm": {"mamba3"},
+}
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_names(kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from gdn2.layers import DeltaMixer
 from gdn2.models.cache import Gdn2Cache
 from gdn2.models.configuration import Gdn2Config
 from gdn2.models.loss import IGNORED, linear_cross_entropy, token_losses
@@ -28,27 +27,30 @@ NEEDS_ROLLBACK = (GenerationMode.ASSISTED_GENERATION, GenerationMode.CONTRASTIVE
 
 
 class Block(nn.Module):
-    """``x += mixer(norm(x)); x += mlp(norm(x))``."""
+    """``x += mixer(norm(x)); x += mlp(norm(x))``; without the second if its size is 0."""
 
     def __init__(self, config: Gdn2Config, mixer: str):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[mixer].build(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp: SwiGLU | None = None
+        if config.intermediate_size:
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, *, state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         y, state = self.mixer(self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return self._feed_forward(x + y), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token, ``x [B, D]``."""
         y, state = self.mixer.step(self.mixer_norm(x), state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return self._feed_forward(x + y), state
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class Gdn2PreTrainedModel(PreTrainedModel):
@@ -58,7 +60,7 @@ class Gdn2PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D", "B_bias", "C_bias"}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -293,9 +295,8 @@ class Gdn2ForCausalLM(Gdn2PreTrainedModel, GenerationMixin):
         """Mean gates of the last forward in training, over layers and a sample of its tokens."""
         means: dict[str, list[Tensor]] = {}
         for module in self.modules():
-            if isinstance(module, DeltaMixer):
-                for name, mean in module.gate_means.items():
-                    means.setdefault(name, []).append(mean)
+            for name, mean in getattr(module, "gate_means", {}).items():
+                means.setdefault(name, []).append(mean)
         return {name: torch.stack(values).mean().item() for name, values in means.items()}
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""What a delta-rule layer decides per token: how much to keep, to erase and to write.
+"""What a recurrent layer decides per token: how much to keep, to erase and to write.
 
 The formulas are in `gdn2.ops.gates`; here are their parameters.
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from gdn2.modules.linear import XavierLinear
 
+SAMPLE = 64  # tokens of a sequence that the means of gates look at
+
 
 class Gates(NamedTuple):
     """The gates of `gdn2.ops.gated_delta_rule`.
@@ -26,6 +28,19 @@ class Gates(NamedTuple):
     log_decay: Tensor | None
     erase: Tensor | None
     write: Tensor | None
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each gate ``[B, T, ...]``, of the decay itself, over a sample of tokens.
+
+        Without gradients.
+        """
+        means = {}
+        for name, gate in self._asdict().items():
+            if gate is not None:
+                sample = gate.detach()[:, :: max(1, gate.shape[1] // SAMPLE)]
+                decay = name == "log_decay"
+                means["decay" if decay else name] = (sample.exp() if decay else sample).mean()
+        return means
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gdn2.ops.norm import OUTPUT_GATES, gated_rms_norm, rms_norm
+from gdn2.ops.norm import OUTPUT_GATES, gated_rms_norm, l2_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +23,22 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class GroupedRMSNorm(RMSNorm):
+    """The same with a mean over each of equal groups of the last axis."""
+
+    def __init__(self, size: int, groups: int, eps: float = 1e-5):
+        super().__init__(size, eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1] // self.groups
+        unit = l2_norm(x.unflatten(-1, (self.groups, size)), size * self.eps)
+        return unit.flatten(-2) * (size**0.5 * self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"
 
 
 class GatedRMSNorm(RMSNorm):

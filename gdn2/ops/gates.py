@@ -10,10 +10,18 @@ from gdn2.ops.backends import resolve_backend
 from gdn2.ops.precision import upcast
 
 
-def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """The logarithm of a decay in (0, 1), as in Mamba-2 (arXiv 2405.21060):
+def log_decay(
+    f: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    lower_bound: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The logarithm of a decay in (0, 1), as in Mamba-2 (arXiv 2405.21060), or a bounded one:
 
         log_decay = -exp(A_log) * softplus(f + dt_bias)                                (Eq. 11)
+        log_decay = lower_bound * sigmoid(exp(A_log) * (f + dt_bias))
 
     The step size ``dt = softplus(f + dt_bias)`` depends on the token, the rate ``exp(A_log)`` does
     not.
@@ -21,14 +29,16 @@ def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor, *, backend: str | None 
     Args:
         f: ``[..., heads, channels]`` or ``[..., heads]``, any floating dtype.
         A_log: ``[heads, 1]`` or ``[heads]``. dt_bias: ``[heads, channels]`` or ``[heads]``.
-        backend: "triton" for its kernels: float32, float16 and bfloat16. All others: PyTorch.
+        lower_bound: None for the first form, a negative number for the second.
+        backend: "triton" for its kernels: the first form in float32, float16 and bfloat16. All
+            others: PyTorch.
 
     Returns:
         float32 of f's shape (float64 for float64), <= 0.
 
     Raises:
-        ValueError: a shape breaks the contract. NotImplementedError: the backend that is named can
-            not serve the call.
+        ValueError: a shape or the bound breaks the contract. NotImplementedError: the backend that
+            is named can not serve the call.
     """
     per_channel = dt_bias.ndim == 2
     if f.shape[-1 - per_channel :] != dt_bias.shape or A_log.shape != (
@@ -39,11 +49,15 @@ def log_decay(f: Tensor, A_log: Tensor, dt_bias: Tensor, *, backend: str | None 
             "or [..., heads], [heads] and [heads], got "
             f"{list(f.shape)}, {list(A_log.shape)}, {list(dt_bias.shape)}"
         )
-    if resolve_backend(backend, f) == "triton":
+    if lower_bound is not None and not lower_bound < 0:
+        raise ValueError(f"lower_bound must be None or negative, got {lower_bound}")
+    limit = None if lower_bound is None else "takes no lower bound of a decay"
+    if resolve_backend(backend, f, limit) == "triton":
         from gdn2.ops.triton import gates as kernels  # only they need triton
 
         return kernels.log_decay(f, A_log, dt_bias)
-    return -upcast(A_log).exp() * F.softplus(upcast(f) + upcast(dt_bias))
+    rate, x = upcast(A_log).exp(), upcast(f) + upcast(dt_bias)
+    return -rate * F.softplus(x) if lower_bound is None else lower_bound * (rate * x).sigmoid()
 
 
 def gate(x: Tensor, maximum: float = 1.0, *, backend: str | None = None) -> Tensor:

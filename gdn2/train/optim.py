@@ -10,7 +10,7 @@ from torch import nn
 from gdn2.train.config import OptimConfig
 
 # Read off names, because marks on parameters are lost by to_empty() and fully_shard().
-NO_DECAY = ("A_log", "dt_bias", "norm.weight", ".bias")
+NO_DECAY = ("A_log", "dt_bias", ".D", "B_bias", "C_bias", "norm.weight", ".bias")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

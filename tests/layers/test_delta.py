@@ -1,32 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrent_layers import DELTA, HV, D, H, K, V, inputs
+from recurrent_layers import build as build_layer
 
-from gdn2.layers import GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
+from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
 from gdn2.ops import gated_delta_rule
 
-FAMILY = (GatedDeltaNet2, GatedDeltaNet, KimiDeltaAttention)
-D, H, HV, K, V = 24, 2, 4, 8, 6
+FAMILY = (GatedDeltaNet2, GatedDeltaNet, KimiDeltaAttention, DeltaNet)
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64: only the order of sums differs
 
 
 def build(layer, **options):
-    torch.manual_seed(0)
-    options = {"num_v_heads": HV, "head_k_dim": K, "head_v_dim": V} | options
-    mixer = layer(D, H, **options).double()
-    for parameter in mixer.parameters():  # larger than at the start, so that every gate matters
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return mixer
-
-
-def inputs(*shape):
-    return torch.randn(*shape, D, dtype=torch.float64)
-
-
-def assert_states_close(state, expected):
-    for x, y in zip(state, expected, strict=True):
-        torch.testing.assert_close(x, y, **EXACT)
+    return build_layer(layer, H, DELTA, **options)
 
 
 def test_gdn2_has_the_official_parameter_names_and_shapes():
@@ -59,6 +45,7 @@ def test_gdn2_has_the_official_parameter_names_and_shapes():
         (GatedDeltaNet2, 29_454_480),
         (GatedDeltaNet, 23_691_424),
         (KimiDeltaAttention, 20_054_160),
+        (DeltaNet, 23_691_424 - 2304 * 16 - 2 * 16),  # Gated DeltaNet's without its decay
     ],
 )
 def test_parameter_counts_at_full_size(layer, parameters):
@@ -82,7 +69,7 @@ def test_layer_is_its_equations(layer):
     q = l2(convolved(mixer.q_proj, mixer.q_conv1d).view(2, 9, H, K)) / K**0.5
     k = l2(convolved(mixer.k_proj, mixer.k_conv1d).view(2, 9, H, K))
     v = convolved(mixer.v_proj, mixer.v_conv1d).view(2, 9, HV, V)
-    rate = mixer.A_log.exp()
+    rate = None if layer is DeltaNet else mixer.A_log.exp()
     b = mixer.b_proj(x).sigmoid()
     if layer is GatedDeltaNet2:
         decay = -rate[:, None] * F.softplus(mixer.f_proj(x) + mixer.dt_bias).view(2, 9, H, K)
@@ -90,6 +77,8 @@ def test_layer_is_its_equations(layer):
     elif layer is KimiDeltaAttention:
         decay = -rate[:, None] * F.softplus(mixer.f_proj(x) + mixer.dt_bias).view(2, 9, HV, K)
         erase, write = b, b
+    elif layer is DeltaNet:
+        decay, erase, write = None, b, b
     else:
         decay, erase, write = -rate * F.softplus(mixer.a_proj(x) + mixer.dt_bias), b, b
     gates = {"log_decay": decay, "erase": erase, "write": write}
@@ -103,64 +92,17 @@ def test_layer_is_its_equations(layer):
 
 
 @pytest.mark.parametrize("layer", FAMILY)
-@pytest.mark.parametrize("split", [0, 1, 2, 40, 69, 70])
-def test_split_sequence_equals_whole(layer, split):
-    mixer, x = build(layer), inputs(2, 70)
-    y, state = mixer(x)
-    first, middle = mixer(x[:, :split])
-    before = [s.clone() for s in middle]
-    second, end = mixer(x[:, split:], state=middle)
-    torch.testing.assert_close(torch.cat([first, second], 1), y, **EXACT)
-    assert_states_close(end, state)
-    assert all(torch.equal(s, old) for s, old in zip(middle, before, strict=True))
-
-
-@pytest.mark.parametrize("layer", FAMILY)
-@pytest.mark.parametrize("prefill", [0, 1, 65])
-@torch.no_grad()
-def test_step_equals_sequence(layer, prefill):
-    mixer, x = build(layer), inputs(2, prefill + 6)
-    y, expected = mixer(x)
-    _, state = mixer(x[:, :prefill])
-    for t in range(prefill, x.shape[1]):
-        out, state = mixer.step(x[:, t], state)
-        torch.testing.assert_close(out, y[:, t], **EXACT)
-    assert_states_close(state, expected)
-
-
-@pytest.mark.parametrize("layer", FAMILY)
-def test_packed_equals_separate(layer):
-    mixer, lengths = build(layer), [3, 0, 70, 1]
-    x, before = inputs(1, sum(lengths)), mixer(inputs(4, 5))[1]
-    cu_seqlens = torch.tensor([0, 3, 3, 73, 74])
-    y, state = mixer(x, state=before, cu_seqlens=cu_seqlens)
-    for i, (start, length) in enumerate(zip(cu_seqlens, lengths, strict=False)):
-        row = slice(int(start), int(start) + length)
-        alone, end = mixer(x[:, row], state=before.select(torch.tensor([i])))
-        torch.testing.assert_close(y[:, row], alone, **EXACT)
-        assert_states_close([s[i : i + 1] for s in state], end)
-
-
-@pytest.mark.parametrize("layer", FAMILY)
-def test_future_tokens_cannot_change_past_outputs(layer):
-    mixer, x = build(layer).float(), inputs(1, 80).float()
-    changed = x.clone()
-    changed[:, 37:] = 5.0
-    assert torch.equal(mixer(x)[0][:, :37], mixer(changed)[0][:, :37])
-
-
-@pytest.mark.parametrize("layer", FAMILY)
-def test_under_autocast_decay_and_state_stay_float32(layer):
+def test_under_autocast_the_decay_stays_float32(layer):
     mixer, x = build(layer).float(), inputs(2, 20).float()
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = mixer(x)
         gates = mixer.gates(mixer.project(x))
-    assert y.dtype == torch.bfloat16
-    assert [gate.dtype for gate in gates] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    assert state.state.dtype == torch.float32
+    dtypes = [torch.float32, torch.bfloat16, torch.bfloat16]
     exact = mixer.gates(mixer.project(x))
-    for gate, truth in zip(gates, exact, strict=True):  # not more than the bf16 products cost
-        assert (gate - truth).abs().max() / truth.abs().max() < 0.02
+    for gate, truth, dtype in zip(gates, exact, dtypes, strict=True):
+        assert (gate is None) == (truth is None)
+        if gate is not None:  # wrong by not more than the bf16 products cost
+            assert gate.dtype == dtype
+            assert (gate - truth).abs().max() / truth.abs().max() < 0.02
 
 
 def test_erase_range_doubles_the_erase_gate():
@@ -168,6 +110,33 @@ def test_erase_range_doubles_the_erase_gate():
     one, two = build(GatedDeltaNet2), build(GatedDeltaNet2, erase_range=2.0)
     torch.testing.assert_close(two.gates(two.project(x)).erase, 2 * one.gates(one.project(x)).erase)
     torch.testing.assert_close(two.gates(two.project(x)).write, one.gates(one.project(x)).write)
+
+
+@pytest.mark.parametrize("gate", ["erase", "write"])
+def test_a_gate_by_head_is_its_mean_over_channels_broadcast_back(gate):
+    by_head, x = build(GatedDeltaNet2, **{f"{gate}_gate": "head"}), inputs(2, 9)
+    by_channel = build(GatedDeltaNet2)
+    by_channel.load_state_dict(by_head.state_dict())  # the same parameters
+    gates = by_channel.gates(by_channel.project(x))._asdict()
+    tied = by_head.gates(by_head.project(x))._asdict()
+    mean = gates[gate].mean(-1)
+    torch.testing.assert_close(tied[gate], mean, **EXACT)
+    assert all(torch.equal(tied[name], gates[name]) for name in gates if name != gate)
+    other = {name: value for name, value in gates.items() if name != gate}
+    q, k, v = (torch.randn(2, 9, heads, size).double() for heads, size in ((H, K), (H, K), (HV, V)))
+    short, _ = gated_delta_rule(q, k, v, **tied)
+    broadcast = {gate: mean.unsqueeze(-1).expand_as(gates[gate])}
+    whole, _ = gated_delta_rule(q, k, v, **other, **broadcast)
+    torch.testing.assert_close(short, whole, **EXACT)
+
+
+@pytest.mark.parametrize("layer", [GatedDeltaNet2, GatedDeltaNet, KimiDeltaAttention])
+def test_a_bounded_decay_stays_above_its_bound(layer):
+    mixer, x = build(layer, decay_lower_bound=-0.5), 100 * inputs(2, 9)
+    decay = mixer.gates(mixer.project(x)).log_decay
+    assert (decay >= -0.5).all()
+    assert decay.min() < -0.49
+    assert (decay <= 0).all()
 
 
 def test_output_gate_and_its_rank_are_choices():
@@ -184,6 +153,8 @@ def test_output_gate_and_its_rank_are_choices():
         ({"num_v_heads": 3}, "num_v_heads must be a multiple of num_heads 2, got 3"),
         ({"erase_range": 1.5}, "erase_range must be 1.0 or 2.0, got 1.5"),
         ({"output_gate": "relu"}, "must be one of"),
+        ({"erase_gate": "token"}, r"erase_gate must be one of \('channel', 'head'\), got 'token'"),
+        ({"write_gate": None}, "write_gate must be one of .*, got None"),
     ],
 )
 def test_wrong_sizes_are_refused(options, message):
@@ -191,7 +162,7 @@ def test_wrong_sizes_are_refused(options, message):
         GatedDeltaNet2(D, H, **options)
 
 
-def test_gate_means_are_recorded():
+def test_gate_means_are_those_of_the_gates():
     mixer, x = build(GatedDeltaNet2), inputs(2, 10)
     mixer(x)
     gates = mixer.gates(mixer.project(x))
@@ -201,7 +172,3 @@ def test_gate_means_are_recorded():
         "write": gates.write.mean(),
     }
     torch.testing.assert_close(mixer.gate_means, expected)
-    assert not any(mean.requires_grad for mean in mixer.gate_means.values())
-    recorded = dict(mixer.gate_means)
-    mixer.eval()(2 * x)
-    assert mixer.gate_means == recorded

@@ -7,6 +7,9 @@ MODELS = {
     "gdn2": ["gdn2"],
     "gated_deltanet": ["gated_deltanet"],
     "kda": ["kda"],
+    "deltanet": ["deltanet"],
+    "mamba2": ["mamba2"],
+    "mamba3": ["mamba3"],
     "hybrid": ["gdn2", "sliding_attention"],
     "transformer": ["full_attention"],
 }
@@ -21,11 +24,16 @@ def tiny_config(mixers, **options):
         "num_v_heads": 4,
         "head_k_dim": 8,
         "head_v_dim": 4,
+        "mamba_inner_size": 32,
+        "mamba_head_dim": 8,
+        "state_size": 8,
         "intermediate_size": 32,
         "num_attention_heads": 2,
         "attention_head_dim": 8,
         "sliding_window": 5,
     } | options
+    if "mamba3" in mixers:
+        options = {"mimo_rank": 2} | options
     return Gdn2Config(mixers=mixers, **options)
 
 

@@ -17,10 +17,17 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max() + 1e-7
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_compiles_whole(backend, make_config):
+AOT_EAGER, INDUCTOR = BACKENDS
+CASES = [  # inductor takes many seconds of each
+    *((mixer, AOT_EAGER) for mixer in ("gdn2", "mamba2", "mamba3")),
+    pytest.param("gdn2", *INDUCTOR.values, marks=INDUCTOR.marks),
+]
+
+
+@pytest.mark.parametrize(("mixer", "backend"), CASES)
+def test_a_block_compiles_whole(mixer, backend, make_config):
     torch.manual_seed(0)
-    block = Block(make_config(["gdn2"]), "gdn2")
+    block = Block(make_config([mixer]), mixer)
     x = torch.randn(2, 40, 24, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -32,10 +39,10 @@ def test_a_block_compiles_whole(backend, make_config):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_decode_step_compiles_whole(backend, make_config):
+@pytest.mark.parametrize(("mixer", "backend"), CASES)
+def test_a_decode_step_compiles_whole(mixer, backend, make_config):
     torch.manual_seed(0)
-    block = Block(make_config(["gdn2"]), "gdn2").eval()
+    block = Block(make_config([mixer]), mixer).eval()
     with torch.no_grad():
         _, state = block(torch.randn(3, 20, 24))
         torch._dynamo.reset()
