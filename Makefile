@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install check test test-gpu test-slow compile-check peers hooks demo bench bench-gpu tune clean
+.PHONY: help install check test test-gpu test-slow compile-check peers hooks demo demo-all bench bench-gpu tune clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ hooks: $(INSTALLED)  ## run the checks of .pre-commit-config.yaml at every commi
 
 demo: $(INSTALLED)  ## train, evaluate and sample four small models; writes runs/demo/report.html
 	$(BIN)/python -m recipes.demo
+
+demo-all: $(INSTALLED)  ## the same with all 16 systems and hybrids; writes runs/demo-all/report.html
+	$(BIN)/python -m recipes.demo --all
 
 bench: $(INSTALLED)  ## time the operator on this machine; adds to benchmarks/results.csv
 	$(BIN)/python -m benchmarks.gated_delta_rule

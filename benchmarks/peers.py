@@ -37,7 +37,7 @@ def load_peers(member: str) -> dict[str, Rule]:
 
 def load_kernels(member: str) -> dict[str, Rule]:
     """flash-linear-attention's kernels for a GPU; empty if it is not installed."""
-    operator, gates = _fla_form(member)
+    operator, gates = FLA_FORMS[member]
     try:
         version = importlib.metadata.version("fla-core")
         module = importlib.import_module(f"fla.ops.{operator}")
@@ -77,14 +77,8 @@ def load_layer(member: str, config: Gdn2Config) -> dict[str, nn.Module]:
     return {f"fla {version} {FLA_LAYERS[member]}": layer}
 
 
-def _fla_form(member: str) -> tuple[str, Callable[[Callable], Rule]]:
-    """What flash-linear-attention calls the operator, and how its gates are passed."""
-    operator = {"gated_deltanet": "gated_delta_rule"}.get(member, member)
-    return operator, _untied if member == "gdn2" else _tied
-
-
 def _load_fla(member: str) -> dict[str, Rule]:
-    operator, gates = _fla_form(member)
+    operator, gates = FLA_FORMS[member]
     naive = _load_file("fla-core", f"fla/ops/{operator}/naive.py")
     names = (f"naive_recurrent_{operator}", f"naive_chunk_{operator}")
     return {f"fla {name}": gates(getattr(naive, name)) for name in names}
@@ -117,6 +111,30 @@ def _tied(function: Callable) -> Rule:
         return function(q, k, v, g=log_decay, beta=erase)[0]
 
     return rule
+
+
+def _without_decay(function: Callable) -> Rule:
+    def rule(q, k, v, log_decay, erase, write):  # noqa: ARG001
+        return function(q, k, v, beta=erase)[0]
+
+    return rule
+
+
+def _without_erase(function: Callable) -> Rule:
+    def rule(q, k, v, log_decay, erase, write):  # noqa: ARG001
+        return function(q, k, v * write.unsqueeze(-1), g=log_decay)[0]
+
+    return rule
+
+
+# What flash-linear-attention calls the operator of a member, and how its gates are passed.
+FLA_FORMS: dict[str, tuple[str, Callable[[Callable], Rule]]] = {
+    "gdn2": ("gdn2", _untied),
+    "kda": ("kda", _tied),
+    "gated_deltanet": ("gated_delta_rule", _tied),
+    "deltanet": ("delta_rule", _without_decay),
+    "mamba2": ("simple_gla", _without_erase),
+}
 
 
 def _load_file(distribution: str, file: str) -> ModuleType:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from opcode import opmap
 from pathlib import Path
@@ -183,6 +184,11 @@ def _print_at_once(text: str) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    if args.compare:
+        _compare(args)
+        return
+    if args.preset is None:
+        args.parser.error("the following arguments are required: PRESET")
     run = _resolve_run(args.preset, args.overrides)
     from gdn2.models.accounting import account
     from gdn2.train import run_to_dict
@@ -197,6 +203,23 @@ def _info(args: argparse.Namespace) -> None:
         **account(run.model, length=run.data.sequence_length),
     }
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_outline(facts)).lstrip())
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """`--compare` takes what follows it, settings too."""
+    words = [*filter(None, [args.preset]), *args.compare]
+    names = [word for word in words if "=" not in word]
+    if not names:
+        args.parser.error("the following arguments are required: PRESET")
+    overrides = [*(word for word in words if "=" in word), *args.overrides]
+    runs = [(name, _resolve_run(name, overrides)) for name in names]
+    from gdn2.compare import compare, show
+
+    costs = compare(runs)
+    if args.json:
+        print(json.dumps([asdict(one) for one in costs], indent=2))
+    else:
+        show(costs)
 
 
 def _outline(tree: dict[str, Any], indent: int = 0) -> list[str]:
@@ -420,10 +443,12 @@ def _build_parser() -> argparse.ArgumentParser:
         "info",
         _info,
         "Show a preset: resolved settings, parameters, FLOPs per token, state size, steps.",
-        "gdn2_1p3b\ngdn2_1p3b_hybrid --json model.num_hidden_layers=24",
-        usage="gdn2 info PRESET [--json] [a.b=value ...]",
+        "gdn2_1p3b\ngdn2_1p3b_hybrid --json model.num_hidden_layers=24\n"
+        "--compare gdn2_1p3b kda_1p3b mamba3_mimo_1p3b transformer_1p3b",
+        usage="gdn2 info [PRESET] [--compare PRESET ...] [--json] [a.b=value ...]",
     )
-    _add_preset(sub)
+    _add_preset(sub, nargs="?")
+    sub.add_argument("--compare", nargs="+", metavar="PRESET", help="costs side by side")
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -448,8 +473,8 @@ def _option(group: Any, flag: str, metavar: str, help: str, type: Any = str) -> 
     group.add_argument(flag, metavar=metavar, help=help, type=type, default=argparse.SUPPRESS)
 
 
-def _add_preset(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("preset", metavar="PRESET", help="name of a function in gdn2/presets.py")
+def _add_preset(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    sub.add_argument("preset", nargs=nargs, metavar="PRESET", help="a name of gdn2/presets.py")
     sub.set_defaults(overrides=[])
     sub.description = f"{sub.description}\nSettings: a.b=value, as `gdn2 info PRESET` lists them."
 

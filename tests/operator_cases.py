@@ -20,6 +20,8 @@ MEMBERS = {
     "gdn2": ("channel", "channel", "channel"),
     "kda": ("channel", "head", "head"),
     "gated_deltanet": ("head", "head", "head"),
+    "deltanet": (None, "head", "head"),
+    "mamba2": ("head", None, "head"),  # Mamba-3 too
 }
 LAYOUTS = {
     "batch": {"B": 2, "T": 2 * C + 7},

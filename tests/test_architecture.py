@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "evals": {"models", "data"},
     "presets": {"models", "data", "train", "evals"},
     "registration": {"models"},
-    "cli": {"models", "data", "train", "evals", "presets"},
+    "compare": {"models", "train"},
+    "cli": {"models", "data", "train", "evals", "presets", "compare"},
     "__init__": {"registration"},
 }
 # What a part may import beside torch and the standard library. Extras are in pyproject.toml.
@@ -32,6 +33,7 @@ LIBRARIES = {
     "evals": {"numpy", "rich", "matplotlib", "tokenizers", "transformers"},
     "presets": set(),
     "registration": {"transformers"},
+    "compare": {"rich"},
     "cli": {"rich"},
     "__init__": set(),
 }

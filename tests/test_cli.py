@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("info gdn_1p3b", "gdn2_1p3b"),
         ("info debug model.hidden_size=abc", "model.hidden_size must be int, got 'abc'"),
         ("info debug --jsn", "unrecognized arguments: --jsn"),
+        ("info --compare", "--compare: expected at least one argument"),
+        ("info --compare model.hidden_size=64", "arguments are required: PRESET"),
+        ("info --compare debug gdn_1p3b", "close: gdn2_1p3b"),
+        ("info --compare debug model.hidden_size=abc", "hidden_size must be int, got 'abc'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -452,3 +457,73 @@ def test_info_takes_overrides_wherever_they_stand(capsys: pytest.CaptureFixture[
     assert gdn2("info", "debug", "model.vocab_size=512", "--json", "optim.lr=1e-4") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["run"]["model"]["vocab_size"], facts["run"]["optim"]["lr"]) == (512, 1e-4)
+
+
+SYSTEMS_OF_THE_PAPER = (
+    "gdn2_1p3b",
+    "gated_deltanet_1p3b",
+    "kda_1p3b",
+    "deltanet_1p3b",
+    "mamba2_1p3b",
+    "mamba3_siso_1p3b",
+    "mamba3_mimo_1p3b",
+    "transformer_1p3b",
+    "sliding_window_1p3b",
+    "gated_deltanet_1p3b_hybrid",
+)
+
+
+def test_info_compares_presets_with_one_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gdn2("info", "--compare", *SYSTEMS_OF_THE_PAPER) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in SYSTEMS_OF_THE_PAPER:
+        assert sum(line.split()[:1] == [name] for line in lines) == 3  # tables
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "mamba3_mimo_1p3b mamba3 rank 4 1.305G +0.22% 540.9M 764.4M 1.453G" in text
+    assert "gated_deltanet_1p3b_hybrid gated_deltanet + window 1.304G +0.12%" in text
+    assert "gdn2_1p3b 262,144 4.719M 19.54MB 19.54MB" in text
+    assert "transformer_1p3b 0 0 679.5MB 173.9GB" in text
+    assert "transformer_1p3b 4,096 0 339.8M 3.083G" in text
+
+
+def test_info_compares_as_json_what_info_says(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("demo_gdn2", "model.vocab_size=512", "debug")
+    assert gdn2("info", "--compare", *words, "--json", "data.sequence_length=128") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["preset"], second["preset"]) == ("demo_gdn2", "debug")
+    assert first["difference"] == 0
+    assert second["difference"] == pytest.approx(second["blocks"] / first["blocks"] - 1)
+    settings = ("model.vocab_size=512", "data.sequence_length=128")
+    assert gdn2("info", "debug", "--json", *settings) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert second["total"] == facts["parameters"]["total"]
+    assert second["mlp_parameters"] == facts["parameters"]["mlps"]
+    assert 4 * second["state_floats"] == facts["state_bytes"]["recurrent"]
+    assert second["bytes_at_1m"] == facts["state_bytes"]["total"]  # a window does not grow
+    assert second["forward_flops"] == facts["flops_per_token"]["forward"]
+
+
+def test_info_compares_one_preset_and_the_one_before_the_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words in (("--compare", "debug", "demo_kda"), ("debug", "--compare", "demo_kda")):
+        assert gdn2("info", *words, "--json") == 0
+        names = [one["preset"] for one in json.loads(capsys.readouterr().out)]
+        assert names == ["debug", "demo_kda"]
+    assert gdn2("info", "--compare", "debug") == 0
+    assert "debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_info_cuts_nothing_off_in_a_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert gdn2("info", "--compare", *SYSTEMS_OF_THE_PAPER) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "\u2026" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    for name in SYSTEMS_OF_THE_PAPER:
+        assert len(re.findall(rf"^{name} ", text, re.MULTILINE)) == 3

@@ -47,9 +47,8 @@ def test_kernels_compile_as_committed():
     """Apart from the tests' process, which may interpret kernels."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     script = Path(compiled_kernels.__file__)
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, script, "--some"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -60,7 +59,8 @@ def test_kernels_fit_and_do_not_spill():
         assert row.spills == 0, row
         assert row.shared <= compiled_kernels.SHARED[row.capability], row
         assert row.wgmma + row.mma > 0 or row.kernel in WITHOUT_PRODUCTS, row
-        if row.capability == 90 and row.kernel not in SMALL_PRODUCTS | WITHOUT_PRODUCTS:
+        large = row.K >= 64 and row.kernel not in SMALL_PRODUCTS | WITHOUT_PRODUCTS
+        if row.capability == 90 and large:  # 64 rows is the least that wgmma takes
             assert row.wgmma > 0, row
 
 
@@ -68,7 +68,7 @@ def compile_form(form: tuple[str | None, ...]) -> list[compiled_kernels.Row]:
     """A form of decay, erase and write, in bfloat16 and in float32, whole and packed, grouped."""
     rows = []
     for dtype, channels, packed in ((torch.bfloat16, 128, False), (torch.float32, 64, True)):
-        case = compiled_kernels.Case("any", 4, channels, 90)
+        case = compiled_kernels.Case("any", 4, 4, channels, channels, 90)
         x = compiled_kernels.operands(case, 2**16, form, dtype)
         bounds = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
         state = torch.empty(4 if packed else 1, 4, channels, channels, device="meta")
@@ -87,5 +87,5 @@ def test_every_form_of_gates_compiles():
     )
     for row in rows:
         assert row.shared <= compiled_kernels.SHARED[90], row
-        float32_gradients = row.kernel == "gradients" and row.channels == 64
+        float32_gradients = row.kernel == "gradients" and row.K == 64
         assert row.spills <= (150 if float32_gradients else 2), row

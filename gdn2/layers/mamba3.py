@@ -1,4 +1,4 @@
-"""Mamba-3, SISO and MIMO: the gated delta rule without erase, one token late.
+"""Mamba-3 (arXiv 2603.15569), SISO and MIMO: the gated delta rule without erase, a token late.
 
 Axes: B batch, T time, N sequences, D model width, R rank (1: SISO), G groups of keys and queries,
 H heads, K channels of a key, V channels of a value, A angles. Equation numbers are those of
@@ -54,11 +54,17 @@ class Mamba3State(NamedTuple):
 
 
 class Mamba3(nn.Module):
-    """Mamba-3, with the parameter names of mamba-ssm: (M1) to (M5) of docs/math.md.
+    """Mamba-3 (arXiv 2603.15569), with the parameter names of mamba-ssm.
 
-    A token's own value is written when the next one comes, with both of its weights at once, and
-    reaches its own output beside the state: the operator is strictly causal, and no more is
-    computed than without the second weight.
+        z, v, k, q, dt, a, lambda, theta = x W_in,    dt = softplus(dt + dt_bias)
+        alpha = exp(-softplus(a) dt),    zeta = sigmoid(lambda) dt,    nu = dt - zeta
+        k, q = RMSNorm(k) + B_bias, RMSNorm(q) + C_bias,  turned by the sum of pi dt tanh(theta)
+        S_t = alpha_t (S_{t-1} + nu_t k_{t-1} v_{t-1}^T) + zeta_t k_t v_t^T,  o_t = S_t^T q_t   (M1)
+        y = ((o + D * v) * silu(z)) W_out
+
+    A value is written when the next token comes, with both of its weights at once, and reaches its
+    own token beside the state (M3, M4). With a rank R there are R keys and queries a step, the
+    values v * mimo_x and gates z * mimo_z, and outputs are summed with the weights mimo_o (M5).
 
     Args:
         hidden_size: D.

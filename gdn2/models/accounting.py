@@ -69,10 +69,10 @@ def account(
     flops["forward"] = sum(flops.values())
     flops["training"] = 3 * flops["forward"]
 
-    carried = [_state_bytes(layer, config.hidden_size, dtype) for layer in recurrent]
+    carried = {layer: _state_bytes(layer, config.hidden_size, dtype) for layer in set(recurrent)}
     state = {
-        "recurrent": sum(memory for memory, _ in carried),
-        "last_tokens": sum(others for _, others in carried),
+        "recurrent": sum(carried[layer][0] for layer in recurrent),
+        "last_tokens": sum(carried[layer][1] for layer in recurrent),
         "attention": dtype.itemsize
         * sum(2 * _channels(x) * (x.window or length) for x in attention),
     }

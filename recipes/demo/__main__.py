@@ -1,4 +1,4 @@
-"""python -m recipes.demo [--out DIR], from the root of the repository."""
+"""python -m recipes.demo [--all] [--out DIR], from the root of the repository."""
 
 import argparse
 import sys
@@ -7,13 +7,18 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="recipes.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    out = parser.parse_args().out
+    parser.add_argument("--all", action="store_true", help="all 16 models instead of four")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: runs/demo, or runs/demo-all"
+    )
+    args = parser.parse_args()
 
-    from recipes.demo.demo import CommandFailed, run_demo  # not in the workers that prepare text
+    # Not in the workers that prepare text.
+    from recipes.demo.demo import ALL_TWINS, TWINS, CommandFailed, run_demo
 
+    out = args.out or Path("runs/demo-all" if args.all else "runs/demo")
     try:
-        run_demo(out)
+        run_demo(out, twins=ALL_TWINS if args.all else TWINS)
     except CommandFailed as failed:
         return int(failed.args[0])
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 900, 440
-LEFT, RIGHT, TOP, BOTTOM = 58, 190, 14, 46  # margins; names stand in the right one
+LEFT, RIGHT, TOP, BOTTOM = 58, 240, 14, 46  # margins; names stand in the right one
 LABEL_GAP = 17
 
 Point = tuple[float, float]
@@ -22,6 +22,7 @@ class Series:
     name: str
     points: Sequence[Point]
     color: int
+    dashed: bool = False
     dot: Point | None = None
 
 
@@ -90,7 +91,8 @@ def line_chart(
     for one in series:
         where = " ".join(f"{a - LEFT:.1f},{b - TOP:.1f}" for a, b in map(at, one.points))
         style = f'style="stroke:var(--series-{one.color})"'
-        curves.append(f'<polyline class="curve" points="{where}" {style}/>')
+        kind = "curve dashed" if one.dashed else "curve"
+        curves.append(f'<polyline class="{kind}" points="{where}" {style}/>')
         end = one.dot or one.points[-1]
         across, height = at(end)
         if one.dot:

@@ -1,7 +1,7 @@
 """What the demo found: report.json for programs, report.html for people."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ class Twin:
 
     name: str
     title: str
+    color: int
+    dashed: bool
     parameters: int
     state_bytes: int
     bits_per_byte: float
@@ -70,6 +72,7 @@ def write_report(report: Report, out: Path) -> None:
 
 def render_html(report: Report) -> str:
     """The report as one page that needs nothing else, in the reader's light or dark mode."""
+    report = replace(report, twins=best_first(report.twins))
     sections = [
         _head(report),
         _scores(report),
@@ -87,20 +90,24 @@ def render_html(report: Report) -> str:
     )
 
 
+def best_first(twins: Sequence[Twin]) -> list[Twin]:
+    return sorted(twins, key=lambda twin: twin.bits_per_byte)
+
+
 def passed(twin: Twin, baselines: dict[str, float]) -> list[str]:
     """The baselines that need more bits per byte than `twin`."""
     return [name for name, value in baselines.items() if twin.bits_per_byte < value]
 
 
 def _head(report: Report) -> str:
-    best = min(report.twins, key=lambda twin: twin.bits_per_byte)
+    best = report.twins[0]
     beaten = [BASELINES[name] for name in passed(best, report.baselines)]
     missed = [BASELINES[name] for name in report.baselines if BASELINES[name] not in beaten]
     verdict = f"Passed: {', '.join(beaten) or 'no baseline yet'}."
     if missed:
         verdict += f" Not passed: {', '.join(missed)}."
     return (
-        "<h1>Four small language models, one operator</h1>"
+        "<h1>Small language models, one recipe</h1>"
         "<p class=lead>The same text, the same number of tokens, nearly the same number of "
         "parameters; what differs is the mixer. Trained from nothing on this machine's own Python "
         "library, scored on files that no model has seen. "
@@ -113,9 +120,9 @@ def _scores(report: Report) -> str:
     heads = ["model", "parameters", "state", "perplexity", "tokens/s", "bits per byte"]
     rows = []
     best = min(twin.bits_per_byte for twin in report.twins)
-    for index, twin in enumerate(report.twins):
+    for twin in report.twins:
         cells = [
-            f'<td><i style="background:var(--series-{index})"></i>{escape(twin.title)}</td>',
+            f"<td>{_swatch(twin)}{escape(twin.title)}</td>",
             f"<td>{twin.parameters:,}</td>",
             f"<td>{twin.state_bytes / 1024:,.0f} KiB</td>",
             f"<td>{twin.perplexity:.2f}</td>",
@@ -146,9 +153,14 @@ def _scores(report: Report) -> str:
         "in the order of their sha256; the 5-gram (Witten-Bell, four bytes of context) was "
         f"trained on the {report.training_bytes:,} bytes that the models were trained on. The "
         "models' tokenizer knows more: it was trained on all the text that is not for validation. "
-        "State: "
-        "what a model carries from token to token while it writes one text.</p>"
+        "State: what a model carries from token to token while it writes one text, behind "
+        f"{report.sequence_length:,} tokens.</p>"
     )
+
+
+def _swatch(twin: Twin) -> str:
+    kind = " class=dashed" if twin.dashed else ""
+    return f'<i{kind} style="--color:var(--series-{twin.color})"></i>'
 
 
 def _learning(report: Report) -> str:
@@ -165,10 +177,11 @@ def _learning(report: Report) -> str:
             Series(
                 name=twin.title,
                 points=twin.curve,
-                color=index,
+                color=twin.color,
+                dashed=twin.dashed,
                 dot=(twin.curve[-1][0], twin.bits_per_byte),
             )
-            for index, twin in enumerate(report.twins)
+            for twin in report.twins
         ],
         x=Axis(
             label="training tokens", low=0, high=max(twin.curve[-1][0] for twin in report.twins)
@@ -180,15 +193,17 @@ def _learning(report: Report) -> str:
         f"<h2>Learning</h2><div class=wide>{chart}</div>"
         "<p class=note>Curves: training loss, a running mean over steps, in bits "
         "per byte of the training text. Dots: the validation score of the finished model. "
-        "Dashed: the baselines on the validation text.</p>"
+        "Gray: the baselines on the validation text. Dashed curves: every other layer is "
+        "window attention.</p>"
     )
 
 
 def _positions(report: Report) -> str:
     curves = []
-    for index, twin in enumerate(report.twins):
+    for twin in report.twins:
         points = [(bucket["end"], bucket["perplexity"]) for bucket in twin.by_position]
-        curves.append(Series(name=twin.title, points=points, color=index))
+        curve = Series(name=twin.title, points=points, color=twin.color, dashed=twin.dashed)
+        curves.append(curve)
     values = [y for curve in curves for _, y in curve.points]
     places = [x for curve in curves for x, _ in curve.points]
     chart = line_chart(
@@ -207,13 +222,12 @@ def _positions(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     blocks = []
-    for index, twin in enumerate(report.twins):
+    for twin in report.twins:
         texts = "".join(
             f"<pre><b>{escape(prompt)}</b>{escape(text[len(prompt) :])}</pre>"
             for prompt, text in twin.samples
         )
-        swatch = f'<i style="background:var(--series-{index})"></i>'
-        blocks.append(f"<div><h3>{swatch}{escape(twin.title)}</h3>{texts}</div>")
+        blocks.append(f"<div><h3>{_swatch(twin)}{escape(twin.title)}</h3>{texts}</div>")
     return (
         f"<h2>What they write</h2><div class=samples>{''.join(blocks)}</div>"
         f"<p class=note>After the prompt in bold: {escape(report.sampling)}, not chosen by "

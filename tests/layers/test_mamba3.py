@@ -171,7 +171,7 @@ def test_it_starts_from_the_published_laws():
 
 
 def test_angles_of_long_sequences_keep_their_digits():
-    """Float32 sums of 100,000 turns would be wrong by 0.1 and more."""
+    """Added one by one in float32, these turns would be wrong by 28."""
     turn = torch.full((1, 100_000, 1, 1), 0.3)
     angles, last = accumulate(turn, torch.zeros(1, 1, 1), None)
     truth = turn[0, :, 0, 0].double().cumsum(0).remainder(2 * math.pi)

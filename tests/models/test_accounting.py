@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdn2.models import Gdn2Config, Gdn2ForCausalLM
 from gdn2.models.accounting import account
 from gdn2.models.mixers import MIXERS
-from gdn2.presets import gdn2_1p3b, gdn2_1p3b_hybrid
+from gdn2.presets import load_preset
 
 LENGTH = 48
 
@@ -40,10 +40,11 @@ def names(config: Gdn2Config) -> str:
 
 
 @pytest.mark.parametrize(
-    ("config", "blocks"),
-    [(gdn2_1p3b().model, 1_302_638_112), (gdn2_1p3b_hybrid().model, 1_300_314_384)],
+    ("preset", "blocks"),
+    [("gdn2_1p3b", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384)],
 )
-def test_published_models_have_their_size(config: Gdn2Config, blocks: int) -> None:
+def test_published_models_have_their_size(preset: str, blocks: int) -> None:
+    config = load_preset(preset).model
     assert account(config, length=4096)["parameters"]["blocks"] == blocks
 
 

@@ -100,6 +100,46 @@ def test_every_parameter_is_drawn_from_its_law(make_config, on_meta):
             assert (weight == 1).all()
 
 
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_mambas_parameters_are_drawn_from_their_laws(make_config, on_meta):
+    torch.manual_seed(0)
+    sizes = {"mamba_inner_size": 128, "hidden_size": 96, "mimo_rank": 4}
+    config = make_config(["mamba2", "mamba3"], **sizes)
+    with torch.device("meta" if on_meta else "cpu"):
+        model = Gdn2ForCausalLM(config)
+    if on_meta:
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        model.init_weights()
+    for mixer in (layer.mixer for layer in model.model.layers):
+        for linear, scale in ((mixer.in_proj, 1), (mixer.out_proj, 0.5)):  # 1 / sqrt(2 layers)
+            bound = scale * linear.in_features**-0.5
+            assert 0.9 * bound < linear.weight.abs().max() <= bound
+        dt = F.softplus(mixer.dt_bias)
+        assert 0.99e-3 < dt.min() < dt.max() < 1.01e-1
+        ones = [mixer.D, mixer.norm.weight] if mixer.norm is not None else [mixer.D]
+        if hasattr(mixer, "mimo_x"):
+            ones += [mixer.B_bias, mixer.C_bias, mixer.B_norm.weight, mixer.C_norm.weight]
+            ones += [mixer.mimo_z, 4 * mixer.mimo_x, 4 * mixer.mimo_o]
+        else:
+            assert (mixer.A_log >= 0).all()
+            assert (mixer.A_log <= math.log(16.001)).all()
+            for parameter in (mixer.conv1d.weight, mixer.conv1d.bias):
+                assert 0.4 < parameter.abs().max() <= 0.5
+        assert all((parameter == 1).all() for parameter in ones)
+
+
+def test_a_model_without_feed_forward_parts(make_config, tokens):
+    model = Gdn2ForCausalLM(make_config(["mamba2"], intermediate_size=0))
+    assert not any("mlp" in name for name, _ in model.named_parameters())
+    layers = model.model.layers
+    x = model.model.embed_tokens(tokens)
+    for layer in layers:
+        x = x + layer.mixer(layer.mixer_norm(x))[0]
+    torch.testing.assert_close(model(tokens).logits, model.lm_head(model.model.norm(x)))
+
+
 def test_no_parameter_is_drawn_twice(make_config, monkeypatch):
     drawn = []
     reset = modeling.OutputLinear.reset_parameters

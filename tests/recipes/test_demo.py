@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,8 @@ import pytest
 
 from gdn2 import presets
 from gdn2.train import Run, override_all
-from recipes.demo.demo import CommandFailed, run_demo
+from recipes.demo.__main__ import main
+from recipes.demo.demo import ALL_TWINS, TITLES, TWINS, CommandFailed, run_demo
 from recipes.demo.report import Report, render_html
 
 SOURCE = '''def gate_{n}(state, decay):
@@ -106,6 +108,45 @@ def test_report_html_stands_alone(demo: tuple[Report, Path]) -> None:
     assert "@import" not in html
     assert "gdn2 prepare" in html
     assert "prefers-color-scheme: dark" in html
+
+
+def test_a_page_of_all_twins_tells_them_apart(demo: tuple[Report, Path]) -> None:
+    systems = {name.removesuffix("_hybrid") for name in ALL_TWINS}
+    assert len(ALL_TWINS) == 16
+    assert systems == set(TITLES)
+    assert set(TWINS.items()) <= set(ALL_TWINS.items())
+    twins = []
+    for number, name in enumerate(ALL_TWINS):
+        system = name.removesuffix("_hybrid")
+        look = {"color": list(TITLES).index(system), "dashed": system != name}
+        bits = 3 - number / 16
+        twins.append(replace(demo[0].twins[0], name=name, title=name, bits_per_byte=bits, **look))
+    html = render_html(replace(demo[0], twins=twins))
+    parse(html)
+    for number in range(len(TITLES)):
+        assert len(re.findall(rf"--series-{number}: #\w+;", html)) == 2  # light and dark
+        assert f"svg .name-{number} " in html
+    assert html.count('class="curve dashed"') == 2 * 7
+    table = [html.index(f"</i>{twin.title}<") for twin in twins]
+    assert table == sorted(table, reverse=True)  # the best first
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "twins"),
+    [
+        ([], "runs/demo", TWINS),
+        (["--all"], "runs/demo-all", ALL_TWINS),
+        (["--all", "--out", "x"], "x", ALL_TWINS),
+    ],
+)
+def test_the_command_line_chooses_twins(
+    words: list[str], out: str, twins: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("sys.argv", ["recipes.demo", *words])
+    monkeypatch.setattr("recipes.demo.demo.run_demo", lambda *a, **b: calls.append((*a, b)))
+    assert main() == 0
+    assert calls == [(Path(out), {"twins": twins})]
 
 
 def test_text_of_models_and_machines_cannot_break_the_page(demo: tuple[Report, Path]) -> None:

@@ -1,0 +1,150 @@
+"""Train every system of the comparison under one recipe, with several seeds, and compare them.
+
+    python -m recipes.systems --data DIR                       the demo's sizes: 2 hours on 2 cores
+    python -m recipes.systems --data DIR --size 20m --device cuda
+    python -m recipes.systems --data DIR --seeds 3 --only gdn2 kda transformer
+
+DIR is what `gdn2 prepare` wrote. Every run is `gdn2 train` and `gdn2 eval`, and goes on where it
+was interrupted; after each of them systems.csv and systems.png in OUT are written anew. Seeds are
+the outer loop: all systems are compared after one round.
+"""
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from gdn2 import cli
+from gdn2.data.durable import write_file
+from gdn2.models.accounting import account
+from gdn2.presets import PRESETS, SYSTEMS, load_preset
+
+FIELDS = ("preset", "blocks", "seed", "bits_per_byte", "loss", "tokens_per_s")
+
+
+def names(size: str) -> list[str]:
+    """The presets of one size, systems in the order of the paper, each before its hybrid."""
+    tag = "demo_{}{}" if size == "demo" else f"{{}}_{size}{{}}"
+    every = [tag.format(system, end) for system in SYSTEMS for end in ("", "_hybrid")]
+    return [name for name in every if name in PRESETS]
+
+
+def run_once(preset: str, seed: int, data: Path, out: Path, device: str) -> dict[str, Any]:
+    """Train and evaluate; SystemExit with the command's code if one fails."""
+    folder = out / preset / f"seed_{seed}"
+    where = ["--device", device]
+    train = ["train", preset, "--data", data, "--out", folder, *where, f"seed={seed}"]
+    for command in (train, ["eval", folder, *where]):
+        if command[0] == "eval" and (folder / "eval.json").is_file():
+            continue
+        words = [str(word) for word in command]
+        print(f"$ gdn2 {' '.join(words)}", file=sys.stderr)
+        if code := cli.main(words):
+            raise SystemExit(code)
+    scores = json.loads((folder / "eval.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    speeds = [
+        line["tokens_per_second"] for line in map(json.loads, lines) if "tokens_per_second" in line
+    ]
+    model = load_preset(preset).model
+    return {
+        "preset": preset,
+        "blocks": account(model, length=1)["parameters"]["blocks"],
+        "seed": seed,
+        "bits_per_byte": round(scores["bits_per_byte"], 5),
+        "loss": round(scores["loss"], 5),
+        "tokens_per_s": round(statistics.median(speeds)),
+    }
+
+
+def by_preset(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Bits per byte of all seeds, the best mean first."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["preset"], []).append(row["bits_per_byte"])
+    return dict(sorted(scores.items(), key=lambda item: statistics.mean(item[1])))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("preset", title="bits per byte of validation text", title_justify="left")
+    for heading in ("blocks", "mean", "each seed", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for preset, scores in by_preset(rows).items():
+        mine = [row for row in rows if row["preset"] == preset]
+        speed = statistics.median(row["tokens_per_s"] for row in mine)
+        each = " ".join(f"{score:.3f}" for score in scores)
+        mean = f"{statistics.mean(scores):.3f}"
+        table.add_row(preset, f"{mine[0]['blocks']:,}", mean, each, f"{speed:,.0f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def draw(rows: list[dict[str, Any]]) -> bytes:
+    """A dot for each seed, a bar at the mean; the best on top."""
+    scores = by_preset(rows)
+    figure = Figure(figsize=(7, 1 + 0.3 * len(scores)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for y, values in enumerate(scores.values()):
+        axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.6)
+        axes.plot([statistics.mean(values)], [y], "|", color="black", markersize=14)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set_xlabel("bits per byte of validation text (a dot for each seed)")
+    axes.grid(axis="x", alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(out / "systems.csv", text.getvalue().encode())
+    write_file(out / "systems.png", draw(rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="recipes.systems",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("runs/systems"), metavar="OUT")
+    parser.add_argument("--size", default="demo", help="demo (default), 20m, 125m, 350m or 1p3b")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--only", nargs="+", metavar="PRESET", help="of that size")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    every = names(args.size)
+    if not every:
+        parser.error(f"there is no size {args.size!r}")
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    if wrong := set(args.only or ()) - set(every):
+        parser.error(f"no preset of size {args.size}: {', '.join(sorted(wrong))}")
+    rows = []
+    for seed in range(1, args.seeds + 1):
+        for preset in args.only or every:
+            rows.append(run_once(preset, seed, args.data, args.out, args.device))
+            write(rows, args.out)
+            show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
