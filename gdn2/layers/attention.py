@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
         starts = lengths.cumsum(0) - lengths
         seen = torch.zeros_like(lengths) if state is None else state.length
-        sequence = torch.repeat_interleave(lengths)
+        sequence = torch.repeat_interleave(lengths, output_size=B * T)
         position = torch.arange(B * T, device=x.device) + (seen - starts)[sequence]
         q, k, v = self._project(x.flatten(0, 1), position)  # [B * T, H, D]
         if cu_seqlens is None:
