@@ -43,10 +43,11 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-# The peers pin their own torch and triton; only their sources are wanted.
+# The peers pin their own torch and triton; only their sources are wanted, and no kernels are built.
 peers: $(PEERS)  ## install other projects' implementations, which the tests then compare with
 $(PEERS): $(INSTALLED)
 	$(PIP) install -q --no-deps fla-core==0.6.0 flash-linear-attention==0.6.0 einops==0.8.2
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -q --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 	@touch $@
 
 hooks: $(INSTALLED)  ## run the checks of .pre-commit-config.yaml at every commit from now on

@@ -10,6 +10,8 @@ if find_spec("transformers") is None:
 if TYPE_CHECKING:
     from gdn2.models.cache import Gdn2Cache
     from gdn2.models.configuration import Gdn2Config
+    from gdn2.models.convert import export_weights, import_weights, to_gdn2
+    from gdn2.models.foreign_config import import_config
     from gdn2.models.loading import load_checkpoint
     from gdn2.models.memory import Memory, load_memory, read_tokens
     from gdn2.models.mixers import MIXERS
@@ -23,9 +25,13 @@ _HOMES = {
     "Gdn2ForCausalLM": "modeling",
     "Gdn2Model": "modeling",
     "Memory": "memory",
+    "export_weights": "convert",
+    "import_config": "foreign_config",
+    "import_weights": "convert",
     "load_checkpoint": "loading",
     "load_memory": "memory",
     "read_tokens": "memory",
+    "to_gdn2": "convert",
 }
 
 __all__ = [
@@ -35,9 +41,13 @@ __all__ = [
     "Gdn2ForCausalLM",
     "Gdn2Model",
     "Memory",
+    "export_weights",
+    "import_config",
+    "import_weights",
     "load_checkpoint",
     "load_memory",
     "read_tokens",
+    "to_gdn2",
 ]
 
 

@@ -1,0 +1,139 @@
+"""Other projects' configurations of what their weights are read into (`gdn2.models.convert`)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from transformers import Mamba2Config
+
+from gdn2.models.configuration import HF_KEYS, Gdn2Config
+
+
+class Settings(NamedTuple):
+    """Another project's settings, by its names; those of a nested table have a dot.
+
+    names: ours. fixed: what there must be, for there is nothing else here. defaults: of what a file
+    may leave out. unread: what changes no number.
+    """
+
+    names: dict[str, str]
+    fixed: dict[str, Any]
+    defaults: dict[str, Any]
+    unread: tuple[str, ...] = ()
+
+
+SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "use_cache"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+SETTINGS = {
+    "mamba_ssm": Settings(
+        names={
+            "d_model": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "d_intermediate": "intermediate_size",
+            "vocab_size": "vocab_size",
+            "pad_vocab_size_multiple": "vocab_multiple",
+            "tie_embeddings": "tie_word_embeddings",
+            "ssm_cfg.expand": "expand",
+            "ssm_cfg.headdim": "mamba_head_dim",
+            "ssm_cfg.d_state": "state_size",
+            "ssm_cfg.ngroups": "num_groups",
+            "ssm_cfg.d_conv": "conv_size",
+            "ssm_cfg.conv_bias": "conv_bias",
+        },
+        fixed={
+            "rms_norm": True,
+            "attn_layer_idx": [],
+            "attn_cfg": {},
+            "ssm_cfg.layer": "Mamba2",
+            "ssm_cfg.d_ssm": None,
+            "ssm_cfg.D_has_hdim": False,
+            "ssm_cfg.rmsnorm": True,
+            "ssm_cfg.norm_before_gate": False,
+            "ssm_cfg.dt_limit": [0.0, math.inf],
+            "ssm_cfg.bias": False,
+        },
+        defaults={
+            "d_intermediate": 0,
+            "pad_vocab_size_multiple": 8,
+            "tie_embeddings": True,
+            "ssm_cfg.layer": "Mamba1",
+            "ssm_cfg.expand": 2,
+            "ssm_cfg.headdim": 64,
+            "ssm_cfg.d_state": 128,
+            "ssm_cfg.ngroups": 1,
+            "ssm_cfg.d_conv": 4,
+            "ssm_cfg.conv_bias": True,
+        },
+        unread=(
+            *("residual_in_fp32", "fused_add_norm", "ssm_cfg.chunk_size", "ssm_cfg.conv_init"),
+            *("ssm_cfg.use_mem_eff_path", "ssm_cfg.A_init_range", "ssm_cfg.dt_init_floor"),
+            *("ssm_cfg.dt_min", "ssm_cfg.dt_max"),
+        ),
+    ),
+    "transformers_mamba2": Settings(
+        names={
+            "head_dim": "mamba_head_dim",
+            "n_groups": "num_groups",
+            "conv_kernel": "conv_size",
+            "use_conv_bias": "conv_bias",
+            "layer_norm_epsilon": "norm_eps",
+        }
+        | dict(zip(SAME, SAME, strict=True)),
+        fixed={
+            "use_bias": False,
+            "hidden_act": "silu",
+            "rms_norm": True,
+            "norm_before_gate": False,
+            "time_step_limit": [0.0, math.inf],
+        },
+        defaults=Mamba2Config().to_dict(),
+    ),
+}
+
+
+def import_config(settings: Mapping[str, Any], form: str) -> Gdn2Config:
+    """Our configuration of a model of Mamba-2 layers of another project.
+
+    That of mamba-ssm's Mamba-3 is to be written by hand: its file does not tell by which of two
+    laws the model decays (`ssm_decay`).
+
+    Args:
+        settings: what their config.json holds. form: "mamba_ssm" or "transformers_mamba2".
+
+    Returns:
+        the configuration. Rows that pad their vocabulary are tokens of ours.
+
+    Raises:
+        ValueError: a setting is missing or unknown, or asks for what there is not here.
+    """
+    if form not in SETTINGS:
+        raise ValueError(f"form must be one of {list(SETTINGS)}, got {form!r}")
+    names, fixed, defaults, unread = SETTINGS[form]
+    nested = settings.get("ssm_cfg") or {}
+    given = defaults | {name: value for name, value in settings.items() if name != "ssm_cfg"}
+    given |= {f"ssm_cfg.{name}": value for name, value in nested.items()}
+    for name, value in given.items():
+        if name in fixed and _plain(value) != fixed[name]:
+            raise ValueError(f"{name} must be {fixed[name]!r}, got {value!r}")
+        if name not in {*names, *fixed, *defaults, *unread, *HF_KEYS} and name[0] != "_":
+            raise ValueError(f"{form} has no setting {name!r} that is known here, got {value!r}")
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(f"the settings of {form} must have {', '.join(missing)}")
+    ours = {name: given[theirs] for theirs, name in names.items()}
+    inner = int(ours.pop("expand") * ours["hidden_size"])
+    for name, multiple in (  # 128: of mamba-ssm's GatedMLP
+        ("vocab_size", ours.pop("vocab_multiple", 1)),
+        ("intermediate_size", 128),
+    ):
+        ours[name] = math.ceil(ours.get(name, 0) / multiple) * multiple
+    return Gdn2Config(mixers="mamba2", mamba_inner_size=inner, **ours)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, with infinity a number; transformers writes it in a way of its own."""
+    if isinstance(value, Mapping) and "__float__" in value:
+        return float(value["__float__"])
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
