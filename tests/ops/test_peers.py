@@ -1,11 +1,6 @@
-"""The operator against flash-linear-attention's naive references (`make peers` installs them).
+"""The operator against flash-linear-attention's naive references (`make peers` installs them)."""
 
-Their files are loaded by location: the package's own imports may want a GPU.
-"""
-
-import importlib.metadata
-import importlib.util
-
+import peers
 import pytest
 import torch
 from operator_cases import Case, assert_no_worse, cast, error, make_inputs
@@ -22,18 +17,6 @@ CASES = {
     "simple_gla": Case("head", None, None, T=128, K=16, V=24),
 }
 FORMS = {"recurrent": "naive_recurrent_{}", "chunk": "naive_chunk_{}"}
-
-
-def load_naive(operator: str):
-    try:
-        files = importlib.metadata.distribution("fla-core")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("fla-core is not installed: make peers")
-    path = files.locate_file(f"fla/ops/{operator}/naive.py")
-    spec = importlib.util.spec_from_file_location(f"peer_{operator}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def arguments(operator: str, inputs: dict) -> dict:
@@ -60,7 +43,8 @@ def results(function, inputs: dict, upstream_seed: int = 7) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_published_reference(name, form):
     operator = name.removesuffix("_value_groups")
-    naive = getattr(load_naive(operator), FORMS[form].format(operator))
+    file = peers.load_file("fla-core", f"fla/ops/{operator}/naive.py")
+    naive = getattr(file, FORMS[form].format(operator))
     inputs = make_inputs(CASES[name])
     # Their chunked forms mask after the exponential: keep the decay within a chunk moderate.
     inputs["log_decay"] *= 0.2
