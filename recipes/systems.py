@@ -5,8 +5,8 @@
     python -m recipes.systems --data DIR --seeds 3 --only gdn2 kda transformer
 
 DIR is what `gdn2 prepare` wrote. Every run is `gdn2 train` and `gdn2 eval`, and goes on where it
-was interrupted; after each of them systems.csv and systems.png in OUT are written anew. Seeds are
-the outer loop: all systems are compared after one round.
+was interrupted; after each of them systems.csv and systems.png in OUT show all runs that are done.
+Seeds are the outer loop: all systems are compared after one round.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +32,47 @@ from gdn2.presets import PRESETS, SYSTEMS, load_preset
 FIELDS = ("preset", "blocks", "seed", "bits_per_byte", "loss", "tokens_per_s")
 
 
-def names(size: str) -> list[str]:
-    """The presets of one size, systems in the order of the paper, each before its hybrid."""
+def presets_of(size: str) -> dict[str, str]:
+    """The presets of one size by system, in the order of the paper, each before its hybrid."""
     tag = "demo_{}{}" if size == "demo" else f"{{}}_{size}{{}}"
-    every = [tag.format(system, end) for system in SYSTEMS for end in ("", "_hybrid")]
-    return [name for name in every if name in PRESETS]
+    every = {
+        f"{system}{end}": tag.format(system, end) for system in SYSTEMS for end in ("", "_hybrid")
+    }
+    return {system: preset for system, preset in every.items() if preset in PRESETS}
 
 
-def run_once(preset: str, seed: int, data: Path, out: Path, device: str) -> dict[str, Any]:
-    """Train and evaluate; SystemExit with the command's code if one fails."""
-    folder = out / preset / f"seed_{seed}"
+def train_and_score(preset: str, seed: int, data: Path, folder: Path, device: str) -> None:
+    """What is done stays; SystemExit with the command's code if one fails."""
     where = ["--device", device]
     train = ["train", preset, "--data", data, "--out", folder, *where, f"seed={seed}"]
     for command in (train, ["eval", folder, *where]):
-        if command[0] == "eval" and (folder / "eval.json").is_file():
-            continue
+        if (folder / "eval.json").is_file():
+            return
         words = [str(word) for word in command]
         print(f"$ gdn2 {' '.join(words)}", file=sys.stderr)
         if code := cli.main(words):
             raise SystemExit(code)
-    scores = json.loads((folder / "eval.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    speeds = [
-        line["tokens_per_second"] for line in map(json.loads, lines) if "tokens_per_second" in line
-    ]
-    model = load_preset(preset).model
-    return {
-        "preset": preset,
-        "blocks": account(model, length=1)["parameters"]["blocks"],
-        "seed": seed,
-        "bits_per_byte": round(scores["bits_per_byte"], 5),
-        "loss": round(scores["loss"], 5),
-        "tokens_per_s": round(statistics.median(speeds)),
-    }
+
+
+def finished(out: Path, presets: Iterable[str]) -> list[dict[str, Any]]:
+    """A row for every run that was scored, by seed and then in the order of `presets`."""
+    rows = []
+    for preset in presets:
+        blocks = account(load_preset(preset).model, length=1)["parameters"]["blocks"]
+        for scores in out.glob(f"{preset}/seed_*/eval.json"):
+            score = json.loads(scores.read_text())
+            lines = map(json.loads, (scores.parent / "metrics.jsonl").read_text().splitlines())
+            speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+            row = {
+                "preset": preset,
+                "blocks": blocks,
+                "seed": int(scores.parent.name.removeprefix("seed_")),
+                "bits_per_byte": round(score["bits_per_byte"], 5),
+                "loss": round(score["loss"], 5),
+                "tokens_per_s": round(statistics.median(speeds)),
+            }
+            rows.append(row)
+    return sorted(rows, key=lambda row: row["seed"])
 
 
 def by_preset(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -124,20 +133,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/systems"), metavar="OUT")
     parser.add_argument("--size", default="demo", help="demo (default), 20m, 125m, 350m or 1p3b")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="default: 2")
-    parser.add_argument("--only", nargs="+", metavar="PRESET", help="of that size")
+    parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="gdn2, kda_hybrid, ...")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    every = names(args.size)
-    if not every:
+    presets = presets_of(args.size)
+    if not presets:
         parser.error(f"there is no size {args.size!r}")
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
-    if wrong := set(args.only or ()) - set(every):
-        parser.error(f"no preset of size {args.size}: {', '.join(sorted(wrong))}")
-    rows = []
+    for system in args.only or ():
+        if system not in presets:
+            parser.error(f"--only takes {', '.join(presets)}, got {system!r}")
     for seed in range(1, args.seeds + 1):
-        for preset in args.only or every:
-            rows.append(run_once(preset, seed, args.data, args.out, args.device))
+        for system in args.only or presets:
+            folder = args.out / presets[system] / f"seed_{seed}"
+            train_and_score(presets[system], seed, args.data, folder, args.device)
+            rows = finished(args.out, presets.values())
             write(rows, args.out)
             show(rows)
     return 0

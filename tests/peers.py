@@ -47,6 +47,19 @@ def load_functions(package: str, double: bool, *places: str) -> types.SimpleName
     return types.SimpleNamespace(**{name: space[name] for name in found})
 
 
+def names_given_weights(package: str, path: str, layer: str) -> set[str]:
+    """Attributes of a class that its constructor gives a parameter, a linear map or a norm."""
+    tree = ast.parse(_find(package, path).read_text())
+    body = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == layer)
+    names = set()
+    for node in ast.walk(body):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func)
+            if called in ("nn.Parameter", "nn.Linear", "RMSNormGated"):
+                names |= {ast.unparse(target).removeprefix("self.") for target in node.targets}
+    return names
+
+
 def load_config(name: str) -> type:
     """A configuration of transformers, if the one installed has it."""
     if not hasattr(transformers, name):

@@ -167,7 +167,8 @@ class Attention(nn.Module):
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         angles = rotary_angles(position, self.head_dim, self.rope_theta, q.dtype)
-        return rotate(q, angles), rotate(k, angles), v
+        q, k = rotate((q, k), angles)
+        return q, k, v
 
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, lengths: Tensor

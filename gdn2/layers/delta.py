@@ -105,6 +105,11 @@ class DeltaMixer(nn.Module):
         self.A_log: nn.Parameter | None = None  # of members that decay
         self.dt_bias: nn.Parameter | None = None
         self.build_gates()
+        if decay_lower_bound is not None and not (self.A_log is not None and decay_lower_bound < 0):
+            raise ValueError(
+                "decay_lower_bound must be None or negative, and of a layer that decays, got "
+                f"{decay_lower_bound}"
+            )
         if output_gate_rank == "native":
             output_gate_rank = head_v_dim if self.native_gate_is_low_rank else None
         self.g_proj = low_rank(hidden_size, output_gate_rank, values, bias=True)
@@ -285,12 +290,14 @@ class TiedMixer(DeltaMixer):
     erase=write = erase_range * sigmoid(b_proj(x))              [B, T, HV]
     """
 
+    decay_map: str | None  # the one of `gate_maps` that the decay is made from
+
     def build_gates(self) -> None:
         self.b_proj = XavierLinear(self.hidden_size, self.num_v_heads, bias=False)
 
     def gates(self, maps: Maps) -> Gates:
         beta = gate(maps["b_proj"], self.erase_range)
-        decay = None if self.A_log is None else self._log_decay(maps[self.gate_maps[0]])
+        decay = None if self.decay_map is None else self._log_decay(maps[self.decay_map])
         return Gates(log_decay=decay, erase=beta, write=beta)
 
 
@@ -304,6 +311,7 @@ class KimiDeltaAttention(TiedMixer):
     native_output_gate = "sigmoid"
     native_gate_is_low_rank = True
     gate_maps = ("f_proj", "b_proj")
+    decay_map = "f_proj"
 
     def build_gates(self) -> None:
         super().build_gates()
@@ -323,6 +331,7 @@ class GatedDeltaNet(TiedMixer):
     native_output_gate = "silu"
     native_gate_is_low_rank = False
     gate_maps = ("a_proj", "b_proj")
+    decay_map = "a_proj"
     rate_range = (0.01, 16.0)
 
     def build_gates(self) -> None:
@@ -341,3 +350,4 @@ class DeltaNet(TiedMixer):
     native_output_gate = "silu"
     native_gate_is_low_rank = False
     gate_maps = ("b_proj",)
+    decay_map = None

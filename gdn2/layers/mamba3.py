@@ -21,10 +21,11 @@ from gdn2.modules.norm import GroupedRMSNorm, RMSNorm
 from gdn2.modules.rotary import rotate
 from gdn2.ops import gated_delta_rule, gated_delta_step, shift
 from gdn2.ops.contract import check_boundaries, no_autocast
-from gdn2.ops.gated_delta_rule import MAX_STEP_TOKENS as MOST_RANKS
+from gdn2.ops.gated_delta_rule import MAX_STEP_TOKENS
 from gdn2.ops.precision import upcast
 
 SSM_DECAYS = ("softplus", "rational")
+MOST_RANKS = MAX_STEP_TOKENS  # a step of R tokens
 SLOWEST = 1e-4  # the smallest rate of decay, of mamba-ssm
 Operator = Callable[..., tuple[Tensor, Tensor]]
 
@@ -151,7 +152,7 @@ class Mamba3(nn.Module):
         cu_seqlens ``[N + 1]`` packs N sequences into one row; without it N = B.
         """
         N, maps = check_boundaries(cu_seqlens, x), self.in_proj(x)
-        past = self._fresh(N, maps) if state is None else state
+        past = self._fresh(N, maps) if state is None else _of(N, state)
         ends = None if cu_seqlens is None else self.mimo_rank * cu_seqlens
         operate = partial(gated_delta_rule, state=past.state, cu_seqlens=ends)
         with no_autocast(maps):
@@ -160,7 +161,7 @@ class Mamba3(nn.Module):
 
     def step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         """One token, ``x [B, D] -> (y [B, D], state)``; the state is updated in place."""
-        operate = partial(gated_delta_step, state=state.state)
+        operate = partial(gated_delta_step, state=_of(len(x), state).state)
         maps = self.in_proj(x).unsqueeze(1)
         with no_autocast(maps):
             y, new = self._mix(maps, state, None, operate)
@@ -190,8 +191,9 @@ class Mamba3(nn.Module):
         zeta = upcast(trap).sigmoid() * dt  # what is left of dt was for the token before
         turn = math.pi * dt.unsqueeze(-1) * upcast(theta).tanh().unsqueeze(-2)
         angles, angle = accumulate(turn, past.angle, cu_seqlens)
-        k = self._rotated(self.B_norm, B, self.B_bias, angles)  # [B, T, R, H, K]
-        q = self._rotated(self.C_norm, C, self.C_bias, angles)
+        k = self._normed(self.B_norm, B, self.B_bias)  # [B, T, R, H, K]
+        q = self._normed(self.C_norm, C, self.C_bias)
+        k, q = rotate((k, q), angles.unsqueeze(2), adjacent=R == 1, dtype=maps.dtype)
 
         last_k, key = shift(k, past.key, cu_seqlens)
         last_value, last = shift(value, past.value, cu_seqlens)
@@ -219,12 +221,11 @@ class Mamba3(nn.Module):
             return F.softplus(a)
         return torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0)))
 
-    def _rotated(self, norm: RMSNorm, x: Tensor, bias: Tensor, angles: Tensor) -> Tensor:
+    def _normed(self, norm: RMSNorm, x: Tensor, bias: Tensor) -> Tensor:
         """``x [B, T, R * G * K] -> [B, T, R, H, K]``: keys or queries of every head."""
         y = norm(upcast(x).unflatten(-1, (self.mimo_rank, self.num_groups, 1, -1)))
         bias = upcast(bias).transpose(0, 1).unflatten(1, (self.num_groups, -1))
-        y = (y + bias).flatten(-3, -2)  # [R, G, H / G, K] to [R, H, K]
-        return rotate(y, angles.unsqueeze(2), adjacent=self.mimo_rank == 1).to(x.dtype)
+        return (y + bias).flatten(-3, -2)  # [R, G, H / G, K] to [R, H, K]
 
     def _values(self, value: Tensor) -> Tensor:
         """``[B, T, H, V] -> [B, T, R, H, V]``."""
@@ -243,15 +244,23 @@ class Mamba3(nn.Module):
         return y.sum(2).flatten(-2).to(z.dtype)
 
 
+def _of(N: int, state: Mamba3State) -> Mamba3State:
+    if state.num_sequences != N:
+        raise ValueError(f"state must be that of {N} sequences, got {state.num_sequences}")
+    return state
+
+
 def accumulate(turn: Tensor, angle: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The angles after each turn ``[B, T, H, A]``, modulo 2 pi, and the last, from ``[N, H, A]``.
 
-    They are sums of all turns of a sequence, so they are added in float64: by the operator, as a
-    memory with one key, which starts anew at every boundary.
+    They are sums of all turns of a sequence, so they are added in float64; between calls they are
+    float32. By the operator, as a memory with one key: it starts anew at every boundary, and gives
+    the same bits each time, which a cumulative sum does not promise on a GPU.
     """
     B, T, H, A = turn.shape
     if T == 1 and cu_seqlens is None:
-        angles = (angle.unsqueeze(1) + turn).remainder(2 * math.pi)
+        angles = angle.unsqueeze(1).double() + turn.double()
+        angles = angles.remainder(2 * math.pi).to(turn.dtype)
         return angles, angles[:, 0]
     one = turn.new_ones(B, T, 1, 1, dtype=torch.float64)
     total, last = gated_delta_rule(
@@ -267,20 +276,26 @@ def accumulate(turn: Tensor, angle: Tensor, cu_seqlens: Tensor | None) -> tuple[
 
 
 def count_angles(state_size: int, rope_fraction: float) -> int:
-    """Pairs of channels that are rotated; ValueError if there is none."""
-    angles = int(state_size * rope_fraction) // 2
-    if not (0 < rope_fraction <= 1 and angles):
+    """Pairs of channels that are rotated; ValueError if there is none, or a channel without one."""
+    if state_size % 2:
+        raise ValueError(f"state_size must be even (rotary pairs), got {state_size}")
+    if not (0 < rope_fraction <= 1 and state_size * rope_fraction >= 2):
         raise ValueError(
             "rope_fraction must be in (0, 1] and rotate at least one pair of the "
             f"state_size = {state_size} channels, got {rope_fraction}"
         )
-    return angles
+    return int(state_size * rope_fraction) // 2
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Products of every query and every key of a step, ``[B, T, H, R, R]``."""
-    return torch.einsum("btrhk,btshk->bthrs", upcast(q), upcast(k))
+    q, k = upcast(q), upcast(k)
+    if q.shape[2] == 1:  # matrices of one number would take longer
+        return torch.linalg.vecdot(q, k)[:, :, 0, :, None, None]
+    return torch.einsum("btrhk,btshk->bthrs", q, k)
 
 
 def _attend(scores: Tensor, v: Tensor) -> Tensor:
+    if v.shape[2] == 1:
+        return scores.squeeze(-1).unsqueeze(2) * upcast(v)
     return torch.einsum("bthrs,btshv->btrhv", scores, upcast(v))

@@ -36,7 +36,9 @@ def account(
     """
     with torch.device("meta"):
         built = {name: MIXERS[name].build(config) for name in dict.fromkeys(config.layer_mixers)}
-        mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        mlp: nn.Module = nn.Identity()
+        if config.intermediate_size:
+            mlp = SwiGLU(config.hidden_size, config.intermediate_size)
     depth = config.num_hidden_layers
     mixers = [built[name] for name in config.layer_mixers]
     recurrent = [layer for layer in mixers if not isinstance(layer, Attention)]

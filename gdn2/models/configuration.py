@@ -127,6 +127,17 @@ class Gdn2Config(PretrainedConfig):
         """Hugging Face's word for each layer's mixer."""
         return [MIXERS[name].layer_type for name in self.layer_mixers]
 
+    @property
+    def traits(self) -> dict[str, Any]:
+        """The settings that this model reads: two models that share them compute alike."""
+        return {name: getattr(self, name) for name in NAMES if name not in self._unread}
+
+    @property
+    def _unread(self) -> set[str]:
+        """Settings of mixers that this model has none of."""
+        read = {name: set(mixer.settings.values()) for name, mixer in MIXERS.items()}
+        return set[str]().union(*read.values()) - set().union(*(read[m] for m in self.mixers))
+
     def _check_values(self) -> None:
         for name in SIZES:
             value, least = getattr(self, name), int(name != "intermediate_size")
@@ -157,11 +168,12 @@ class Gdn2Config(PretrainedConfig):
             raise ValueError(
                 f"attention_head_dim must be even (rotary pairs), got {self.attention_head_dim}"
             )
-        for name, owners in OWNERS.items():
-            if getattr(self, name) != DEFAULTS[name] and not owners & set(self.mixers):
+        for name in sorted(self._unread - SHARED):
+            if getattr(self, name) != DEFAULTS[name]:
+                readers = [mixer for mixer in MIXERS if name in MIXERS[mixer].settings.values()]
                 raise ValueError(
-                    f"{name} = {getattr(self, name)!r} is for {' or '.join(sorted(owners))}, and "
-                    f"mixers are {self.mixers}"
+                    f"{name} = {getattr(self, name)!r} is for {' or '.join(readers)}, and mixers "
+                    f"are {self.mixers}"
                 )
 
     def _check_delta(self) -> None:
@@ -197,10 +209,11 @@ class Gdn2Config(PretrainedConfig):
     def _check_widths(self) -> None:
         v_heads, v_dim = self.num_v_heads or self.num_heads, self.head_v_dim or self.head_k_dim
         mamba_heads = self.mamba_inner_size // self.mamba_head_dim
+        keys = self.mimo_rank * self.state_size
         for names, heads, dim in (
             ("num_heads x head_k_dim", self.num_heads, self.head_k_dim),
             ("num_v_heads x head_v_dim", v_heads, v_dim),
-            ("mamba heads x state_size", mamba_heads, self.state_size),
+            ("mamba heads x mimo_rank x state_size", mamba_heads, keys),
             (
                 "num_attention_heads x attention_head_dim",
                 self.num_attention_heads,
@@ -226,7 +239,7 @@ class Gdn2Config(PretrainedConfig):
             raise ValueError(f"mixers must be a list of names, got {self.mixers!r}")
         self.mixers = list(self.mixers)
         for name in self.mixers:
-            if name not in MIXERS:
+            if not isinstance(name, str) or name not in MIXERS:
                 hint = get_close_matches(str(name), MIXERS, n=1)
                 raise ValueError(
                     f"mixers must be names of {sorted(MIXERS)}, got {name!r}"
@@ -290,16 +303,12 @@ CHOICES = {
     "output_gate": (None, *OUTPUT_GATES),
     "ssm_decay": SSM_DECAYS,
 }
-# Who reads a choice; set to another value, it must not go unread.
-OWNERS = {
-    "erase_gate": {"gdn2"},
-    "write_gate": {"gdn2"},
-    "decay_lower_bound": {"gdn2", "gated_deltanet", "kda"},
-    "conv_bias": {"mamba2"},
-    "mimo_rank": {"mamba3"},
-    "rope_fraction": {"mamba3"},
-    "ssm_decay": {"mamba3"},
-    "mamba3_output_norm": {"mamba3"},
+# Sizes that the presets of a comparison state alike, whichever of them a model reads. All else that
+# none of its mixers reads must keep its default.
+SHARED = {
+    *("hidden_size", "norm_eps", "num_heads", "num_v_heads", "head_k_dim", "head_v_dim"),
+    *("mamba_inner_size", "mamba_head_dim", "state_size"),
+    *("num_attention_heads", "attention_head_dim", "sliding_window"),
 }
 
 

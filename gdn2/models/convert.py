@@ -192,14 +192,17 @@ def import_weights(module: nn.Module, weights: Mapping[str, Tensor], form: str) 
             new |= {name: torch.zeros_like(own[name]) for name in part.names}
         elif theirs in rest:
             given, expected = rest.pop(theirs), part.join([t.to("meta") for t in tensors]).shape
-            if given.shape != expected:
-                raise ValueError(f"{theirs} must be {list(expected)}, got {list(given.shape)}")
+            numbers = isinstance(given, Tensor) and given.is_floating_point() and not given.is_meta
+            if not numbers or given.shape != expected:
+                what = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else given
+                raise ValueError(f"{theirs} must be floating numbers {list(expected)}, got {what}")
             rows = part.split(given, [len(tensor) for tensor in tensors])
             new |= {n: x.view_as(own[n]) for n, x in zip(part.names, rows, strict=True)}
         elif not (part.names == [HEAD] and tied):
             raise ValueError(f"the weights lack {theirs}, our {' and '.join(part.names)}")
     if rest:
-        raise ValueError(f"the weights also hold {', '.join(sorted(rest))}, of which we have none")
+        others = ", ".join(sorted(map(str, rest)))
+        raise ValueError(f"the weights also hold {others}, of which we have none")
     if tied and not torch.equal(new.setdefault(HEAD, new[EMBEDDING]), new[EMBEDDING]):
         raise ValueError("the output map must be the embedding, as tie_word_embeddings has it")
     module.load_state_dict(new)

@@ -13,12 +13,14 @@ class Settings(NamedTuple):
     """Another project's settings, by its names; those of a nested table have a dot.
 
     names: ours. fixed: what there must be, for there is nothing else here. defaults: of what a file
-    may leave out. unread: what changes no number.
+    may leave out. required: what it may not, whatever the defaults are. unread: what changes no
+    number.
     """
 
     names: dict[str, str]
     fixed: dict[str, Any]
     defaults: dict[str, Any]
+    required: tuple[str, ...]
     unread: tuple[str, ...] = ()
 
 
@@ -26,6 +28,10 @@ SAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "use_cache"),
     *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+NUMBERS = {
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "vocab_multiple"),
+    *("expand", "num_heads", "mamba_head_dim", "state_size", "num_groups", "conv_size"),
+}
 SETTINGS = {
     "mamba_ssm": Settings(
         names={
@@ -66,6 +72,7 @@ SETTINGS = {
             "ssm_cfg.d_conv": 4,
             "ssm_cfg.conv_bias": True,
         },
+        required=("d_model", "n_layer", "vocab_size"),
         unread=(
             *("residual_in_fp32", "fused_add_norm", "ssm_cfg.chunk_size", "ssm_cfg.conv_init"),
             *("ssm_cfg.use_mem_eff_path", "ssm_cfg.A_init_range", "ssm_cfg.dt_init_floor"),
@@ -74,6 +81,7 @@ SETTINGS = {
     ),
     "transformers_mamba2": Settings(
         names={
+            "num_heads": "num_heads",
             "head_dim": "mamba_head_dim",
             "n_groups": "num_groups",
             "conv_kernel": "conv_size",
@@ -89,6 +97,7 @@ SETTINGS = {
             "time_step_limit": [0.0, math.inf],
         },
         defaults=Mamba2Config().to_dict(),
+        required=("hidden_size", "num_hidden_layers", "vocab_size", "num_heads"),
     ),
 }
 
@@ -110,26 +119,54 @@ def import_config(settings: Mapping[str, Any], form: str) -> Gdn2Config:
     """
     if form not in SETTINGS:
         raise ValueError(f"form must be one of {list(SETTINGS)}, got {form!r}")
-    names, fixed, defaults, unread = SETTINGS[form]
-    nested = settings.get("ssm_cfg") or {}
-    given = defaults | {name: value for name, value in settings.items() if name != "ssm_cfg"}
-    given |= {f"ssm_cfg.{name}": value for name, value in nested.items()}
+    names, fixed, defaults, required, unread = SETTINGS[form]
+    given = defaults | _flat(settings)
     for name, value in given.items():
         if name in fixed and _plain(value) != fixed[name]:
             raise ValueError(f"{name} must be {fixed[name]!r}, got {value!r}")
-        if name not in {*names, *fixed, *defaults, *unread, *HF_KEYS} and name[0] != "_":
+        if name not in {*names, *fixed, *defaults, *unread, *HF_KEYS} and not name.startswith("_"):
             raise ValueError(f"{form} has no setting {name!r} that is known here, got {value!r}")
-    missing = [name for name in names if name not in given]
+    missing = [name for name in required if name not in settings]
     if missing:
         raise ValueError(f"the settings of {form} must have {', '.join(missing)}")
+    for theirs, name in names.items():
+        whole = float if name == "expand" else int
+        least = 0 if name == "intermediate_size" else 1
+        if name in NUMBERS and not (type(given[theirs]) in (int, whole) and given[theirs] >= least):
+            raise ValueError(
+                f"{theirs} must be a number of at least {least}, got {given[theirs]!r}"
+            )
     ours = {name: given[theirs] for theirs, name in names.items()}
-    inner = int(ours.pop("expand") * ours["hidden_size"])
+    inner = ours.pop("expand") * ours["hidden_size"]
+    if inner % 1 or ours.pop("num_heads", inner // ours["mamba_head_dim"]) != (
+        inner / ours["mamba_head_dim"]
+    ):
+        raise ValueError(
+            f"expand times the width, {inner}, must be a whole number of heads of "
+            f"{ours['mamba_head_dim']} channels, and as many as the settings say"
+        )
     for name, multiple in (  # 128: of mamba-ssm's GatedMLP
         ("vocab_size", ours.pop("vocab_multiple", 1)),
         ("intermediate_size", 128),
     ):
         ours[name] = math.ceil(ours.get(name, 0) / multiple) * multiple
-    return Gdn2Config(mixers="mamba2", mamba_inner_size=inner, **ours)
+    return Gdn2Config(mixers="mamba2", mamba_inner_size=int(inner), **ours)
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Without the nested table, whose names get its name and a dot."""
+    flat: dict[str, Any] = {}
+    for name, value in _table("the settings", settings).items():
+        nested = _table(name, value or {}) if name == "ssm_cfg" else {}
+        flat |= {f"{name}.{key}": x for key, x in nested.items()}
+        flat |= {} if name == "ssm_cfg" else {name: value}
+    return flat
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a table of names and values, got {value!r}")
+    return dict(value)
 
 
 def _plain(value: Any) -> Any:

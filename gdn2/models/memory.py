@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gdn2.models.cache import Gdn2Cache
-from gdn2.models.configuration import NAMES
+from gdn2.models.configuration import DEFAULTS
 from gdn2.models.modeling import Gdn2ForCausalLM
 
 PIECE = 1024  # tokens that are read at once
@@ -110,17 +110,18 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 def _traits(model: Gdn2ForCausalLM) -> dict[str, str]:
     config = model.config
-    traits = {name: str(getattr(config, name)) for name in NAMES if name not in FREE}
+    traits = {name: str(value) for name, value in config.traits.items() if name not in FREE}
     return {"kind": KIND, **traits, "mixers": " ".join(config.layer_mixers)}
 
 
 def _refuse_another_model(path: str | Path, found: dict[str, str], model: Gdn2ForCausalLM) -> None:
     if found.get("kind") != KIND:
         raise ValueError(f"{path} is not the memory of a model, as --save-state writes it")
+    found = {name: str(value) for name, value in DEFAULTS.items()} | found  # older files lack some
     differences = [
-        f"{name} is {found.get(name)} there and {value} here"
+        f"{name} is {found[name]} there and {value} here"
         for name, value in _traits(model).items()
-        if found.get(name) != value
+        if found[name] != value
     ]
     if differences:
         raise ValueError(f"{path} is the memory of another model: {', '.join(differences)}")

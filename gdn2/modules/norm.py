@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn2.ops.norm import OUTPUT_GATES, gated_rms_norm, l2_norm, rms_norm
+from gdn2.ops.precision import upcast
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class GroupedRMSNorm(RMSNorm):
-    """The same with a mean over each of equal groups of the last axis."""
+    """The same with a mean over each of equal groups of the last axis; float32 or better."""
 
     def __init__(self, size: int, groups: int, eps: float = 1e-5):
         super().__init__(size, eps)
@@ -35,7 +36,7 @@ class GroupedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[-1] // self.groups
         unit = l2_norm(x.unflatten(-1, (self.groups, size)), size * self.eps)
-        return unit.flatten(-2) * (size**0.5 * self.weight)
+        return unit.flatten(-2) * (size**0.5 * upcast(self.weight))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

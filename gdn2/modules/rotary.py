@@ -3,8 +3,9 @@
 Pairs lie half the channels apart, (i, i + D/2), or side by side, (2i, 2i + 1).
 """
 
+from collections.abc import Iterable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2.ops.precision import upcast
@@ -20,15 +21,27 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
     return positions[..., None, None].to(dtype) * theta ** (-pair / head_dim)
 
 
-def rotate(x: Tensor, angles: Tensor, *, adjacent: bool = False) -> Tensor:
-    """Turn the first n pairs of channels of ``x [..., H, D]`` by ``angles [..., 1 or H, n]``.
+def rotate(
+    tensors: Iterable[Tensor],
+    angles: Tensor,
+    *,
+    adjacent: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Turn the first n pairs of channels of each ``x [..., H, D]`` by ``angles [..., 1 or H, n]``.
 
-    adjacent: pairs lie side by side. The result has x's dtype.
+    adjacent: pairs lie side by side. The results have x's dtype, or `dtype`.
     """
-    D = x.shape[-1]
-    angles = F.pad(angles, (0, D // 2 - angles.shape[-1]))
-    cos, sin = angles.cos(), angles.sin()
-    apart, axis = ((D // 2, 2), -1) if adjacent else ((2, D // 2), -2)
-    left, right = upcast(x).unflatten(-1, apart).unbind(axis)
-    turned = torch.stack([left * cos - right * sin, right * cos + left * sin], axis)
-    return turned.flatten(-2).to(x.dtype)
+    cos, sin, n = angles.cos(), angles.sin(), angles.shape[-1]
+    turned = []
+    for x in tensors:
+        y = upcast(x)
+        halves = y[..., : 2 * n].unflatten(-1, (n, 2)).unbind(-1) if adjacent else y.chunk(2, -1)
+        left, right = (half[..., :n] for half in halves)
+        left, right = left * cos - right * sin, right * cos + left * sin
+        if adjacent:
+            parts = [torch.stack([left, right], -1).flatten(-2), y[..., 2 * n :]]
+        else:
+            parts = [left, halves[0][..., n:], right, halves[1][..., n:]]
+        turned.append(torch.cat(parts, -1).to(dtype or x.dtype))
+    return turned

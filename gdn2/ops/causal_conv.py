@@ -15,6 +15,7 @@ from gdn2.ops.contract import (
     check_first_order,
     check_no_tangent,
     check_state_indices,
+    no_autocast,
 )
 from gdn2.ops.in_place import on_slots, refuse_gradients
 
@@ -196,7 +197,8 @@ def _filter(x: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
     L, W = x.shape[1], weight.shape[1]
     if _in_one_pass(x):
         image = x.unsqueeze(2).permute(0, 3, 1, 2)  # [any, D, L, 1], in memory as it is
-        y = F.conv2d(image, weight.view(-1, 1, W, 1), padding=(padding, 0), groups=len(weight))
+        with no_autocast(x):
+            y = F.conv2d(image, weight.view(-1, 1, W, 1), padding=(padding, 0), groups=len(weight))
         return y.permute(0, 2, 3, 1).squeeze(2)
     x = F.pad(x, (0, 0, padding, padding))
     now = [x[:, j : L + 2 * padding - W + 1 + j] for j in range(W)]

@@ -12,6 +12,7 @@ from typing import Any
 import gdn2
 from gdn2.data import Manifest
 from gdn2.data.durable import UNFINISHED, read_json
+from gdn2.models import Gdn2Config
 from gdn2.train.config import Run, run_to_dict
 
 # A resumed run may change these: none changes what a step computes, beyond its rounding.
@@ -99,7 +100,12 @@ def commit() -> str | None:
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record that a resumed run must share."""
+    """The part of a record that a resumed run must share.
+
+    Of the model what it reads: an older record lacks settings that came later, at their defaults.
+    """
     run = {name: value for name, value in record["run"].items() if name not in FREE_SECTIONS}
+    with suppress(KeyError, ValueError, TypeError):  # else all that differs is named
+        run["model"] = Gdn2Config(**run["model"]).traits
     data = {name: value for name, value in record["data"].items() if name != "path"}
     return {"run": run, "data": data}

@@ -139,6 +139,17 @@ def test_a_bounded_decay_stays_above_its_bound(layer):
     assert (decay <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("layer", "slowest"),
+    [(GatedDeltaNet2, 1.0), (KimiDeltaAttention, 1.0), (GatedDeltaNet, 0.01)],
+)
+def test_rates_of_decay_start_from_the_members_range(layer, slowest):
+    torch.manual_seed(0)
+    rate = layer(D, 400, head_k_dim=2).A_log.exp()
+    assert slowest <= rate.min() < slowest + 0.2
+    assert 15.8 < rate.max() <= 16.001
+
+
 def test_output_gate_and_its_rank_are_choices():
     layer = build(GatedDeltaNet2, output_gate="sigmoid", output_gate_rank=None)
     assert layer.g_proj.weight.shape == (HV * V, D)
@@ -155,9 +166,10 @@ def test_output_gate_and_its_rank_are_choices():
         ({"output_gate": "relu"}, "must be one of"),
         ({"erase_gate": "token"}, r"erase_gate must be one of \('channel', 'head'\), got 'token'"),
         ({"write_gate": None}, "write_gate must be one of .*, got None"),
+        ({"decay_lower_bound": 0.5}, "decay_lower_bound must be None or negative, .* got 0.5"),
     ],
 )
-def test_wrong_sizes_are_refused(options, message):
+def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GatedDeltaNet2(D, H, **options)
 
@@ -172,3 +184,8 @@ def test_gate_means_are_those_of_the_gates():
         "write": gates.write.mean(),
     }
     torch.testing.assert_close(mixer.gate_means, expected)
+
+
+def test_what_does_not_decay_has_no_bound_of_its_decay():
+    with pytest.raises(ValueError, match="of a layer that decays, got -5"):
+        DeltaNet(D, H, decay_lower_bound=-5)

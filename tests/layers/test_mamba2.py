@@ -60,6 +60,20 @@ def test_layer_is_its_equations(groups):
     torch.testing.assert_close(end.state, state, **EXACT)
 
 
+def test_with_narrow_maps_gates_and_skip_are_float32():
+    layer = build(Mamba2, HV * V, MAMBA).float()
+    dt = torch.randn(2, 9, HV).bfloat16()
+    for gate, truth in zip(layer.gates(dt), layer.double().gates(dt.double()), strict=True):
+        if gate is not None:
+            torch.testing.assert_close(gate.double(), truth, rtol=1e-6, atol=1e-6)
+    out, v = torch.randn(2, 50, 9, HV, V).bfloat16()
+    z = torch.randn(50, 9, HV * V).bfloat16()
+    layer.out_proj = torch.nn.Identity()
+    truth = layer._read_out(out.double(), v.double(), z.double()).bfloat16()
+    equal = layer.float()._read_out(out, v, z) == truth
+    assert equal.float().mean() > 0.99  # rounded once
+
+
 def test_it_starts_from_the_published_laws():
     torch.manual_seed(0)
     layer = Mamba2(D, 64 * 64)

@@ -97,6 +97,46 @@ def test_gradients_are_those_of_the_published_recurrence(R, options):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
+def test_the_slowest_decay():
+    layer, x = build(Mamba3, HV * V, MAMBA), inputs(2, 30)
+    before = sum(layer.sizes[:5])
+    with torch.no_grad():
+        layer.in_proj.weight[before : before + HV] *= 20  # of a: half of the rates are next to 0
+    rate = F.softplus(layer.in_proj(x)[..., before : before + HV])
+    assert 0.2 < (rate < 1e-4).double().mean() < 0.8
+    torch.testing.assert_close(layer(x)[0], token_loop(layer, x)[0], **EXACT)
+
+
+def test_with_narrow_maps_weights_and_angles_are_float32():
+    layer, x = build(Mamba3, HV * V, MAMBA).float(), inputs(1, 40).float()
+    narrow = layer.in_proj(x).detach().bfloat16()
+    for maps in (narrow, narrow.double()):
+        layer.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+        layer.in_proj = torch.nn.Identity()
+        layer.out_proj = torch.nn.Identity()
+        _, state = layer(maps)
+        if maps is narrow:
+            got = state
+    for name in ("weight", "angle"):
+        value, truth = getattr(got, name), getattr(state, name)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=1e-5)
+
+
+def test_every_norm_has_the_epsilon():
+    layer = Mamba3(D, 48, head_dim=6, state_size=8, output_norm=True, norm_eps=0.1)
+    assert layer.norm.eps == layer.B_norm.eps == layer.C_norm.eps == 0.1
+
+
+def test_a_state_of_other_sequences_is_refused():
+    layer = build(Mamba3, HV * V, MAMBA)
+    _, state = layer(inputs(2, 3))
+    with pytest.raises(ValueError, match="state must be that of 3 sequences, got 2"):
+        layer(inputs(3, 1), state=state)
+    with torch.no_grad(), pytest.raises(ValueError, match="that of 3 sequences, got 2"):
+        layer.step(inputs(3), state)
+
+
 def test_without_rotation_and_second_weight_it_is_mamba2s_recurrence():
     layer, x = build(Mamba3, HV * V, MAMBA), inputs(1, 20)
     H, A = layer.num_heads, layer.num_angles
@@ -180,6 +220,10 @@ def test_angles_of_long_sequences_keep_their_digits():
     assert angles.dtype == last.dtype == torch.float32
     assert angles.min() >= 0
     assert angles.max() <= 2 * math.pi
+    for t in range(100):  # a token at a time: what is carried is rounded
+        _, last = accumulate(turn[:, :1], last, None)
+        off = (last - (truth[-1] + 0.3 * (t + 1)).remainder(2 * math.pi)).abs()
+        assert torch.minimum(off, 2 * math.pi - off).max() < 1e-4
 
 
 @pytest.mark.parametrize(

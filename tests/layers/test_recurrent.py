@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from recurrent_layers import LAYERS, build, inputs
+from torch import nn
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64: only the order of sums differs
 
@@ -121,15 +123,44 @@ def test_other_sequences_of_a_pack_cannot_change_a_bit(mixer):
     assert torch.equal(y, other)
 
 
-def test_under_autocast_gates_and_state_stay_float32(mixer):
-    mixer, x = mixer.float(), inputs(2, 20).float()
-    y, expected = mixer(x)
+def test_autocast_narrows_the_maps_and_nothing_else(mixer, monkeypatch):
+    """The same bits as of a layer whose maps alone are bfloat16."""
+    mixer, x = mixer.float().requires_grad_(requires_grad=False), inputs(2, 20).float()
     with torch.autocast("cpu", torch.bfloat16):
-        got, state = mixer(x)
-    assert got.dtype == torch.bfloat16
+        y, state = mixer(x)
+
+    def narrow(linear, x):
+        bias = None if linear.bias is None else linear.bias.bfloat16()
+        return F.linear(x.bfloat16(), linear.weight.bfloat16(), bias)
+
+    monkeypatch.setattr(nn.Linear, "forward", narrow)
+    expected, end = mixer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
     assert state.state.dtype == torch.float32
-    assert (got - y).abs().max() / y.abs().max() < 0.1  # what bfloat16 products cost
-    assert (state.state - expected.state).abs().max() / expected.state.abs().max() < 0.1
+    assert all(torch.equal(got, truth) for got, truth in zip(state, end, strict=True))
+
+
+def test_gradients_reach_tokens_before_through_the_state(mixer):
+    x, upstream = inputs(2, 30).requires_grad_(), inputs(2, 30)
+    leaves = [x, *mixer.parameters()]
+    whole, _ = mixer(x)
+    first, state = mixer(x[:, :11])
+    second, state = mixer(x[:, 11:12], state=state)
+    third, _ = mixer(x[:, 12:], state=state)
+    parts = torch.cat([first, second, third], 1)
+    grads = (torch.autograd.grad((y * upstream).sum(), leaves) for y in (whole, parts))
+    for truth, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("bounds", [None, [0], [0, 0, 0]])
+def test_no_sequences_or_no_tokens(mixer, bounds):
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    y, state = mixer(inputs(0, 5) if bounds is None else inputs(1, 0), cu_seqlens=cu_seqlens)
+    assert y.numel() == 0
+    assert state.num_sequences == (0 if bounds is None else len(bounds) - 1)
+    assert all((x == 0).all() for x in state)
 
 
 def test_a_state_survives_a_change_of_dtype(mixer):

@@ -81,6 +81,25 @@ def test_products_with_weights_cost_what_torch_counts(config: Gdn2Config) -> Non
     assert LENGTH * (flops["projections"] + flops["head"]) == counted
 
 
+@pytest.mark.parametrize(
+    ("mixer", "settings", "flops"),
+    [
+        # 2 layers of 4 heads of 8 x 16 entries: decay 1, read to erase 2, write 2, read 2
+        *((name, {}, 2 * 4 * 8 * 16 * 7) for name in ("gdn2", "kda", "gated_deltanet")),
+        ("deltanet", {}, 2 * 4 * 8 * 16 * 6),
+        ("mamba2", {}, 2 * 4 * 16 * 8 * 5),
+        # beside the state, its own pair: 2 (16 + 8) for scores and values
+        ("mamba3", {}, 2 * 4 * (16 * 8 * 5 + 1 * 2 * 24)),
+        # 3 writes, 3 reads and one decay; 9 pairs of the token itself, 3 that the operator lacks
+        ("mamba3", {"mimo_rank": 3}, 2 * 4 * (16 * 8 * 13 + 12 * 2 * 24)),
+    ],
+)
+def test_the_operator_costs_what_its_recurrence_does(mixer, settings, flops):
+    sizes = {"mamba_inner_size": 32, "mamba_head_dim": 8, "state_size": 16}
+    costs = account(small([mixer], **sizes, **settings), length=LENGTH)
+    assert costs["flops_per_token"]["operator"] == flops
+
+
 @pytest.mark.parametrize("window", [1, 5, 12, 48, 100])
 def test_attention_costs_the_tokens_it_sees(window: int) -> None:
     config = small(["sliding_attention"], sliding_window=window)

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from gdn2.models import Gdn2Config
+from gdn2.models import MIXERS, Gdn2Config
+from gdn2.models.configuration import SHARED
 
 
 def test_a_pattern_of_mixers_repeats_over_the_layers():
@@ -40,7 +42,7 @@ def test_a_pattern_of_mixers_repeats_over_the_layers():
             "mamba_inner_size must be a multiple of mamba_head_dim x num_g",
         ),
         ({"num_groups": 7}, "must be a multiple of mamba_head_dim x num_groups = 64 x 7, got 4096"),
-        ({"state_size": 2**27}, "mamba heads x state_size must be at most"),
+        ({"state_size": 2**27}, "mamba heads x mimo_rank x state_size must be at most"),
         ({"mimo_rank": 17}, "mimo_rank must be at most 16, got 17"),
         ({"rope_fraction": "half"}, "rope_fraction must be a number, got 'half'"),
         ({"rope_fraction": 0.0}, "rope_fraction must be in"),
@@ -57,11 +59,15 @@ def test_a_pattern_of_mixers_repeats_over_the_layers():
         ),
         (
             {"mixers": "deltanet", "decay_lower_bound": -5.0},
-            "decay_lower_bound = -5.0 is for gated_deltanet or gdn2 or kda, and mixers are",
+            "decay_lower_bound = -5.0 is for gdn2 or gated_deltanet or kda, and mixers are",
         ),
         ({"mixers": "mamba2", "mimo_rank": 4}, "mimo_rank = 4 is for mamba3"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"mixers": []}, "mixers must be a list of names"),
+        ({"mixers": [["gdn2"]]}, r"mixers must be names of .* got \['gdn2'\]"),
+        ({"state_size": 7}, r"state_size must be even \(rotary pairs\), got 7"),
+        ({"rope_fraction": float("inf")}, "rope_fraction must be in .* got inf"),
+        ({"rope_fraction": float("nan")}, "rope_fraction must be in .* got nan"),
         ({"mixers": ["gdn3"]}, "got 'gdn3': did you mean 'gdn2'"),
         (
             {"mixers": ["gdn2"] * 4},
@@ -74,6 +80,56 @@ def test_a_pattern_of_mixers_repeats_over_the_layers():
 def test_what_can_not_be_meant_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Gdn2Config(**options)
+
+
+def another(name, value, mixer):
+    """A value that a layer takes, and that is not this one."""
+    choices = {
+        "erase_range": 2.0,
+        "erase_gate": "head",
+        "write_gate": "head",
+        "decay_lower_bound": -5.0,
+        "output_gate": "silu" if mixer == "kda" else "sigmoid",
+        "output_gate_rank": 3,
+        "conv_bias": False,
+        "rope_fraction": 1.0,
+        "ssm_decay": "rational",
+        "mamba3_output_norm": True,
+        "norm_eps": 1e-2,
+        "rope_theta": 100.0,
+        "num_v_heads": 8,
+        "head_v_dim": 16,
+        "mimo_rank": 2,
+    }
+    return choices.get(name, 2 * (value or 4))
+
+
+KEYS = sorted({key for mixer in MIXERS.values() for key in mixer.settings.values()})
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_setting_changes_those_layers_that_read_it_and_others_refuse_it(mixer, key, make_config):
+    sizes = {"num_v_heads": None, "head_v_dim": None, "hidden_size": 16, "rope_fraction": 0.5}
+    plain = make_config([mixer], mimo_rank=1, **sizes)
+    value = another(key, getattr(plain, key), mixer)
+    read = key in MIXERS[mixer].settings.values()
+    if not read and key not in SHARED:
+        with pytest.raises(ValueError, match=f"{key} = .* is for .*, and mixers are .{mixer!r}"):
+            make_config([mixer], **sizes | {"mimo_rank": 1, key: value})
+        return
+    changed = make_config([mixer], **sizes | {"mimo_rank": 1, key: value})
+    assert (plain.traits != changed.traits) == read
+    results = []
+    for config in (plain, changed):
+        torch.manual_seed(0)
+        layer = MIXERS[mixer].build(config).double()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        x = torch.randn(1, 9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+        results.append(layer(x.double())[0])
+    a, b = results
+    assert (a.shape == b.shape and torch.equal(a, b)) != read
 
 
 def test_a_saved_configuration_is_the_same_configuration(tmp_path):

@@ -97,3 +97,40 @@ def test_settings_that_are_not_ours_are_refused(form, settings, message):
     if form == "mamba_ssm":
         with pytest.raises(ValueError, match="the settings of mamba_ssm must have n_layer"):
             import_config({"d_model": 24, "ssm_cfg": {"layer": "Mamba2"}}, form)
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong", "message"),
+    [
+        *(
+            ("mamba_ssm", {name: value}, f"{name} must be a number of at least")
+            for name, value in (
+                ("d_model", None),
+                ("d_model", "x"),
+                ("vocab_size", "57"),
+                ("n_layer", True),
+                ("d_intermediate", -5),
+                ("pad_vocab_size_multiple", 0),
+            )
+        ),
+        ("mamba_ssm", {"ssm_cfg": "Mamba2"}, "ssm_cfg must be a table of names and values"),
+        ("mamba_ssm", {"ssm_cfg": [1]}, "ssm_cfg must be a table of names and values"),
+        ("mamba_ssm", {"": 3}, "mamba_ssm has no setting ''"),
+        ("mamba_ssm", {3: 3}, "the settings must be a table of names and values"),
+        ("mamba_ssm", {"ssm_cfg": {"layer": "Mamba2", "expand": 1.3}}, "must be a whole number"),
+        ("transformers_mamba2", {"num_heads": 8}, "expand times the width, 48, must be .* heads"),
+        ("transformers_mamba2", {"expand": None}, "expand must be a number of at least 1, got N"),
+        ("transformers_mamba2", {"n_groups": 3}, "mamba_inner_size must be a multiple of"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(form, wrong, message):
+    whole = MAMBA_SSM if form == "mamba_ssm" else TRANSFORMERS
+    with pytest.raises(ValueError, match=message):
+        import_config(whole | wrong, form)
+
+
+def test_settings_are_not_guessed():
+    with pytest.raises(ValueError, match="must have hidden_size, num_hidden_layers, vocab_size"):
+        import_config({}, "transformers_mamba2")
+    with pytest.raises(ValueError, match="the settings must be a table of names and values"):
+        import_config([], "mamba_ssm")

@@ -46,12 +46,26 @@ def test_save_and_load_round_trip(make_model, tokens, tmp_path, tied):
     )
 
 
-def test_decay_parameters_stay_float32_in_a_narrow_model(hybrid, tmp_path):
-    hybrid.float().save_pretrained(tmp_path)
+SMALL_PARAMETERS = {
+    "gdn2": {"A_log", "dt_bias"},
+    "kda": {"A_log", "dt_bias"},
+    "gated_deltanet": {"A_log", "dt_bias"},
+    "deltanet": set(),
+    "mamba2": {"A_log", "dt_bias", "D"},
+    "mamba3": {"dt_bias", "D", "B_bias", "C_bias"},
+}
+
+
+@pytest.mark.parametrize("mixer", SMALL_PARAMETERS)
+def test_these_parameters_and_no_others_stay_float32_in_a_narrow_model(mixer, make_model, tmp_path):
+    make_model([mixer, "sliding_attention"]).float().save_pretrained(tmp_path)
     model = Gdn2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    mixer = model.model.layers[0].mixer
-    assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32
+    dtypes = {torch.float32: set(), torch.bfloat16: set()}
+    for name, parameter in model.named_parameters():
+        dtypes[parameter.dtype].add(name)
+    wide = {f"model.layers.0.mixer.{name}" for name in SMALL_PARAMETERS[mixer]}
+    assert dtypes[torch.float32] == wide
+    assert "lm_head.weight" in dtypes[torch.bfloat16]
 
 
 def test_a_parameter_missing_from_a_checkpoint_is_drawn_and_the_others_stay(hybrid, tmp_path):

@@ -124,6 +124,15 @@ def test_the_memory_of_another_configuration_is_refused(
         load_memory(path, other)
 
 
+def test_a_memory_that_lacks_settings_that_came_later(hybrid, tokens, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        traits = memory._traits(hybrid)
+        older = {name: value for name, value in traits.items() if name != "decay_lower_bound"}
+        patch.setattr(memory, "_traits", lambda _: older)
+        path = saved(read_tokens(hybrid, tokens), hybrid, tmp_path)
+    assert load_memory(path, hybrid).length == 21
+
+
 def test_a_pattern_of_mixers_is_the_list_it_stands_for(make_model, tokens, tmp_path):
     model = make_model(["gdn2"])
     path = saved(read_tokens(model, tokens), model, tmp_path)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from gdn2.modules import GatedRMSNorm, RMSNorm
+from gdn2.modules.norm import GroupedRMSNorm
 
 
 def test_rms_norm_is_its_formula():
@@ -25,3 +26,15 @@ def test_gated_norm_gates_after_the_norm(activation, function):
 def test_an_unknown_output_gate_is_refused():
     with pytest.raises(ValueError, match=r"activation must be one of .*'relu'"):
         GatedRMSNorm(8, activation="relu")
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_grouped_norm_of_narrow_weights_scales_in_float32(groups):
+    torch.manual_seed(0)
+    norm = GroupedRMSNorm(384, groups).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 384)
+    y = x.double().unflatten(-1, (groups, -1))
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    truth = y.flatten(-2) * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), truth, rtol=1e-5, atol=1e-6)

@@ -171,3 +171,15 @@ def test_broken_contract_of_a_step_is_named():
         arguments = {"x": x, "weight": weight, "bias": bias, "state": state, **change}
         with pytest.raises(ValueError, match=message):
             causal_conv_step(**arguments)
+
+
+def test_autocast_does_not_narrow_the_sums():
+    x, weight = torch.randn(2, 50, 16), torch.randn(16, 4)
+    y, _ = causal_conv(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = causal_conv(x, weight)
+        back = torch.autograd.functional.vjp(lambda x: causal_conv(x, weight)[0], x, y)[1]
+    assert torch.equal(got, y)
+    assert torch.equal(
+        back, torch.autograd.functional.vjp(lambda x: causal_conv(x, weight)[0], x, y)[1]
+    )

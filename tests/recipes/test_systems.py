@@ -13,9 +13,11 @@ SIZES = ["schedule.total_tokens=2048", "model.vocab_size=300"]
 
 @pytest.mark.parametrize("size", presets.SIZES)
 def test_a_size_has_every_system_beside_its_hybrid(size):
-    names = systems.names(size)
+    names = list(systems.presets_of(size))
     assert len(names) == 16
-    assert "gdn2" in names[0]
+    assert names[0] == "gdn2"
+    assert systems.presets_of("125m")["kda_hybrid"] == "kda_125m_hybrid"
+    assert systems.presets_of("demo")["kda_hybrid"] == "demo_kda_hybrid"
     for first, second in zip(names[:14:2], names[1:14:2], strict=True):
         assert second == first + "_hybrid"
     assert not any("hybrid" in name for name in names[14:])
@@ -42,7 +44,7 @@ def test_all_systems_are_trained_scored_and_drawn(data, tmp_path, monkeypatch, c
     for name in ("demo_gdn2", "demo_kda"):
         monkeypatch.setitem(presets.PRESETS, name, tiny)
     out = tmp_path / "systems"
-    command = ["systems", "--data", str(data), "--out", str(out), "--only", "demo_gdn2", "demo_kda"]
+    command = ["systems", "--data", str(data), "--out", str(out), "--only", "gdn2", "kda"]
     monkeypatch.setattr("sys.argv", command)
     assert systems.main() == 0
     first = (out / "systems.csv").read_bytes()
@@ -57,13 +59,16 @@ def test_all_systems_are_trained_scored_and_drawn(data, tmp_path, monkeypatch, c
     assert systems.main() == 0  # nothing is left to do
     assert (out / "demo_gdn2" / "seed_1" / "metrics.jsonl").stat().st_mtime_ns == trained
     assert (out / "systems.csv").read_bytes() == first
+    monkeypatch.setattr("sys.argv", command[:-1])
+    assert systems.main() == 0  # the others are shown too
+    assert (out / "systems.csv").read_bytes() == first
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--size", "huge"], "there is no size 'huge'"),
-        (["--only", "gdn2_20m"], "no preset of size demo: gdn2_20m"),
+        (["--only", "gdn2_20m"], "--only takes gdn2, gdn2_hybrid, gated_deltanet,"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],
 )

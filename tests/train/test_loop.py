@@ -232,6 +232,17 @@ def test_a_run_does_not_go_on_as_another(begun, tiny_run, data, assignment, mess
         train(override_all(tiny_run, [assignment]), data=data, out=begun)
 
 
+def test_a_run_goes_on_whose_record_lacks_settings_that_came_later(begun, tiny_run, data):
+    path = begun / "config.json"
+    record = json.loads(path.read_text())
+    for name in ("erase_gate", "conv_bias", "mimo_rank"):
+        del record["run"]["model"][name]
+    record["run"]["model"]["mamba_inner_size"] = 128  # which no layer reads
+    path.write_text(json.dumps(record))
+    train(tiny_run, data=data, out=begun)
+    assert (begun / "final").is_dir()
+
+
 def test_a_finished_run_is_not_another_run_either(finished, tiny_run, data):
     with pytest.raises(ValueError, match="holds another run"):
         train(override_all(tiny_run, ["schedule.total_tokens=3000"]), data=data, out=finished)
