@@ -30,8 +30,11 @@ check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The operators as users run them, on all threads; the rest side by side, each on one.
+QUICK := not slow and not gpu and not triton
 test: $(INSTALLED)  ## the tests that run everywhere, in minutes
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not triton'
+	$(BIN)/python -m pytest -m '$(QUICK)' tests/ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(QUICK)' -n 2 --dist loadfile --ignore tests/ops
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton -n 2 tests/ops tests/layers tests/models tests/benchmarks
 
 compile-check: $(INSTALLED)  ## compile the Triton kernels for GPUs that are not here; show the table
