@@ -105,6 +105,7 @@ def test_bits_at_real_sizes(member, dtype):
     whole = forward(inputs, case)
     for name, again in forward(inputs, case).items():
         assert_same_bits(again, whole[name], f"{name}, twice,")
+    inputs = {n: x for n, x in inputs.items() if x is not None}
     one = {n: x[1:2] for n, x in inputs.items()}
     assert_same_bits(forward(one, case)["out"], whole["out"][1:2], "alone")
     for T in (100, 8192, 8193):
