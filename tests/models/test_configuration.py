@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gdn2.models import MIXERS, Gdn2Config
-from gdn2.models.configuration import SHARED
+from gdn2.models.configuration import NAMES, SHARED
 
 
 def test_a_pattern_of_mixers_repeats_over_the_layers():
@@ -105,6 +105,14 @@ def another(name, value, mixer):
 
 
 KEYS = sorted({key for mixer in MIXERS.values() for key in mixer.settings.values()})
+
+
+def test_every_setting_is_read_by_a_layer_or_the_model():
+    assert set(NAMES) - set(KEYS) == {
+        *("vocab_size", "num_hidden_layers", "mixers", "intermediate_size", "initializer_range"),
+        *("tie_word_embeddings", "max_position_embeddings", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    }
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
