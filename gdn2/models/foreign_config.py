@@ -138,9 +138,8 @@ def import_config(settings: Mapping[str, Any], form: str) -> Gdn2Config:
             )
     ours = {name: given[theirs] for theirs, name in names.items()}
     inner = ours.pop("expand") * ours["hidden_size"]
-    if inner % 1 or ours.pop("num_heads", inner // ours["mamba_head_dim"]) != (
-        inner / ours["mamba_head_dim"]
-    ):
+    heads = inner / ours["mamba_head_dim"]
+    if heads % 1 or ours.pop("num_heads", heads) != heads:
         raise ValueError(
             f"expand times the width, {inner}, must be a whole number of heads of "
             f"{ours['mamba_head_dim']} channels, and as many as the settings say"
