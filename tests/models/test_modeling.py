@@ -59,13 +59,8 @@ def test_parameter_names_outside_the_layers(make_config):
 # Initialisation
 
 
-@pytest.mark.parametrize("on_meta", [False, True])
-def test_every_parameter_is_drawn_from_its_law(make_config, on_meta):
-    torch.manual_seed(0)
-    L, D = 2, 96
-    config = make_config(
-        ["gdn2", "sliding_attention"], hidden_size=D, vocab_size=500, intermediate_size=400
-    )
+def drawn(config, on_meta):
+    """A new model, or one without memory that is given some, filled with NaN, and then drawn."""
     with torch.device("meta" if on_meta else "cpu"):
         model = Gdn2ForCausalLM(config)
     if on_meta:
@@ -73,6 +68,17 @@ def test_every_parameter_is_drawn_from_its_law(make_config, on_meta):
         for parameter in model.parameters():
             parameter.data.fill_(torch.nan)
         model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_every_parameter_is_drawn_from_its_law(make_config, on_meta):
+    torch.manual_seed(0)
+    L, D = 2, 96
+    config = make_config(
+        ["gdn2", "sliding_attention"], hidden_size=D, vocab_size=500, intermediate_size=400
+    )
+    model = drawn(config, on_meta)
     delta, attention = (layer.mixer for layer in model.model.layers)
 
     def is_uniform(weight, bound):
@@ -105,13 +111,7 @@ def test_mambas_parameters_are_drawn_from_their_laws(make_config, on_meta):
     torch.manual_seed(0)
     sizes = {"mamba_inner_size": 128, "hidden_size": 96, "mimo_rank": 4}
     config = make_config(["mamba2", "mamba3"], **sizes)
-    with torch.device("meta" if on_meta else "cpu"):
-        model = Gdn2ForCausalLM(config)
-    if on_meta:
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            parameter.data.fill_(torch.nan)
-        model.init_weights()
+    model = drawn(config, on_meta)
     for mixer in (layer.mixer for layer in model.model.layers):
         for linear, scale in ((mixer.in_proj, 1), (mixer.out_proj, 0.5)):  # 1 / sqrt(2 layers)
             bound = scale * linear.in_features**-0.5
