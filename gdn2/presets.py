@@ -196,7 +196,8 @@ def _shorter(
 
 
 # The paper has no models below 1.3B. What is said of them here is our choice: 40 to 50 tokens a
-# parameter, a higher learning rate for a smaller model, and for the smallest a smaller step.
+# parameter of the blocks, a higher learning rate for a smaller model, and for the smallest a
+# smaller step.
 SIZES = {
     "demo": Size(128, 2, (4, 32), (4, 32), (128, 32, 32), demo_recipe, 2048, 256),
     "20m": Size(384, 10, (6, 64), (6, 64), (768, 64, 32), _shorter(1_000_000_000, 2e-3, 65_536)),
@@ -252,10 +253,16 @@ def _widths(system: str, size: str) -> tuple[int, ...]:
     return dict(zip(SIZES, MLP_WIDTHS[system], strict=True))[size]
 
 
+def preset_name(system: str, size: str, *, hybrid: bool) -> str:
+    """What the preset of a system at a size is called, if there is one."""
+    name = f"demo_{system}" if size == "demo" else f"{system}_{size}"
+    return f"{name}_hybrid" if hybrid else name
+
+
 def _compared_runs(size: str) -> dict[str, Callable[[], Run]]:
     """All systems of a size, then the hybrids."""
     return {
-        (f"demo_{system}" if size == "demo" else f"{system}_{size}") + "_hybrid" * hybrid: partial(
+        preset_name(system, size, hybrid=hybrid): partial(
             _compared_run, system, size, hybrid=hybrid
         )
         for hybrid in (False, True)

@@ -27,16 +27,17 @@ from rich.table import Table
 from gdn2 import cli
 from gdn2.data.durable import write_file
 from gdn2.models.accounting import account
-from gdn2.presets import PRESETS, SYSTEMS, load_preset
+from gdn2.presets import PRESETS, SYSTEMS, load_preset, preset_name
 
 FIELDS = ("preset", "blocks", "seed", "bits_per_byte", "loss", "tokens_per_s")
 
 
 def presets_of(size: str) -> dict[str, str]:
     """The presets of one size by system, in the order of the paper, each before its hybrid."""
-    tag = "demo_{}{}" if size == "demo" else f"{{}}_{size}{{}}"
     every = {
-        f"{system}{end}": tag.format(system, end) for system in SYSTEMS for end in ("", "_hybrid")
+        f"{system}_hybrid" if hybrid else system: preset_name(system, size, hybrid=hybrid)
+        for system in SYSTEMS
+        for hybrid in (False, True)
     }
     return {system: preset for system, preset in every.items() if preset in PRESETS}
 
