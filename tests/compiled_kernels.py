@@ -268,8 +268,8 @@ def main() -> int:
     for row in rows:
         print("  " if row in expected or not compared else "! ", *row)
     print(f"Triton {triton.__version__}:", "compared" if compared else "not compared", len(rows))
-    missing = [] if some else set(expected) - set(rows)
-    return int(compared and not (set(rows) <= set(expected) and not missing))
+    wrong = set(rows) - set(expected) if some else set(rows) ^ set(expected)
+    return int(compared and bool(wrong))
 
 
 if __name__ == "__main__":
