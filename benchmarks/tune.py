@@ -38,16 +38,17 @@ FORTH: Candidates = {
     "BV": (16, 32, 64, 128),
     "scan_warps": (4, 8),
     "scan_stages": (1, 2, 3),
-    "BK": (16, 32, 64),
+    "prepare_BK": (32, 64, 128),
     "prepare_warps": (4, 8),
     "L": (2048, 4096, 8192, 16_384, 32_768),
+    "merge_BK": (16, 32, 64),
     "merge_warps": (4, 8),
 }
 BACK: Candidates = {
     "back_BV": (16, 32, 64, 128),
     "back_warps": (4, 8),
     "back_stages": (1, 2, 3),
-    "gradients_BK": (16, 32, 64),
+    "gradients_BK": (32, 64, 128),
     "gradients_BV": (32, 64, 128),
     "gradients_warps": (4, 8),
 }

@@ -1,47 +1,82 @@
 """Decay: a factor a token, and blocks of 1, 2, 4 ... C/2 tokens that meet pairwise under it.
 
-At the level of blocks of h tokens a block's rows are decayed from its start (`prefix`) and its
-columns to its end (`suffix`), so that the scores of an upper block with the lower one before it are
-plain products. All decays are products of factors <= 1; no sum of log-decays is ever subtracted
-from another: nothing overflows or cancels, whatever the decay.
+At the level of blocks of h tokens, a row of an upper block is decayed from the block's start and a
+column of a lower block to that block's end: the scores of the two are plain products then. Each
+decay is the exponential of a sum of log-decays over an interval of tokens, and each such sum one
+product with zeros and ones: none is the difference of two others, so nothing overflows or cancels.
 """
 
 import triton
 import triton.language as tl
 
 _INVERSE_LN2 = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # 15 bits: its product by an exponent is exact
 _LN2_LOW = tl.constexpr(1.4286068203094172e-06)
 
 
 @triton.jit
-def exp(x):
-    """e^x in float32, to the last bit or nearly; zero below -150.
+def _exp(r, n):
+    """``e^r 2^n`` for r of at most log(2) / 2, to the last bit or nearly.
 
     A GPU's own is off by a few units in the last place, and the same way at every token: after a
     thousand weakly decaying tokens that is a thousand times as much.
     """
-    x = x.to(tl.float32)
-    x = tl.where(x < -150.0, -150.0, x)
-    n = tl.floor(x * _INVERSE_LN2 + 0.5)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW  # at most log(2) / 2
     series = 1 / 24 + r * (1 / 120 + r * (1 / 720 + r * (1 / 5040)))
     return (1.0 + r * (1.0 + r * (1 / 2 + r * (1 / 6 + r * series)))) * tl.exp2(n)
 
 
 @triton.jit
-def pairs(r, level):
-    """Which of the tokens r are in upper blocks [C, 1], and which two are in one pair [C, C]."""
-    block = r >> level
-    return ((block & 1) == 1)[:, None], (block[:, None] >> 1) == (block[None, :] >> 1)
+def exp(x):
+    """e^x in float32; zero below -150."""
+    x = x.to(tl.float32)
+    x = tl.where(x < -150.0, -150.0, x)
+    n = tl.floor(x * _INVERSE_LN2 + 0.5)
+    return _exp((x - n * _LN2_HIGH) - n * _LN2_LOW, n)
 
 
 @triton.jit
-def grow(prefix, suffix, r, level):
-    """Those of blocks of twice as many tokens: times the total decay of the other block."""
+def halves(log_decay):
+    """Its logarithm to the base 2, 22 bits of it, as the sum of two float16."""
+    x = log_decay.to(tl.float32)
+    x = tl.where(x < -150.0, -150.0, x) * _INVERSE_LN2
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def decay_in_all(high, low):
+    """The decay of all tokens, [BK], from `halves` [BK, C].
+
+    The larger halves are so short that their sum is exact, or nearly: the sum of whole log-decays
+    would lose the bits that their size takes, from a decay that a state meets in every chunk.
+    """
+    log = tl.sum(high.to(tl.float32), 1)
+    n = tl.floor(log + 0.5)
+    return _exp((log - n) * _LN2 + tl.sum(low.to(tl.float32), 1) * _LN2, n)
+
+
+@triton.jit
+def decay_within(high, low, r, size, from_start, DOT: tl.constexpr):
+    """The decay of each token r within its block of `size` tokens, [BK, C].
+
+    From the block's start to the token, itself included, where `from_start`; else from the token,
+    itself not included, to the block's end. high, low: `halves` of log-decays [BK, C]. The lower
+    is nothing to bfloat16: at most 1e-4 of what is not decayed.
+    """
+    before = r & (size - 1)
+    first = tl.where(from_start, r - before, r + 1)
+    count = tl.where(from_start, before + 1, size - 1 - before)
+    after_first = (tl.arange(0, r.shape[0])[:, None] - first[None, :]).to(tl.uint32)
+    summed = tl.where(after_first < count.to(tl.uint32)[None, :], 1.0, 0.0).to(tl.float16)
+    log = tl.dot(high, summed)
+    if DOT != tl.bfloat16:
+        log = tl.dot(low, summed, acc=log)
+    return tl.exp2(log)
+
+
+@triton.jit
+def pairs(r, level):
+    """Whether two tokens are in two blocks of 2^level that meet [C, C], whichever is the upper."""
     block = r >> level
-    upper = ((block & 1) == 1)[:, None]
-    # The other block's total stands in its last row.
-    last = ((block ^ 1) << level) + (1 << level) - 1
-    other = tl.gather(prefix, tl.broadcast_to(last[:, None], prefix.shape), 0)
-    return tl.where(upper, prefix * other, prefix), tl.where(upper, suffix, suffix * other)
+    return block[:, None] == (block ^ 1)[None, :]

@@ -31,9 +31,12 @@ _BACK_TOKENS = 128  # of a program that goes back: two sums are stored for so ma
 def softplus(x):
     """``log(1 + e^x)`` and its derivative, without a loss where they are small."""
     e = exp(-tl.abs(x))
-    u = 1.0 + e
-    more = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # log(1 + e): u is not 1 + e
-    return tl.where(x > 0.0, x, 0.0) + more, tl.where(x > 0.0, 1.0, e) / u
+    # log(1 + e) is twice the inverse hyperbolic tangent of s, at most 1/3: a short series.
+    s = e / (2.0 + e)
+    t = s * s
+    series = 1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13 + t * (1 / 15))))
+    more = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * series)))
+    return tl.where(x > 0.0, x, 0.0) + more, tl.where(x > 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit

@@ -6,9 +6,9 @@ written R, and dX and dO, summed over the value heads of the key-side head,
     dA_qk = tril(dO R^T)      dT = -tril(dX R^T, -1)      d(w * v) = dX
     dQ = dO S^T               dE = -dX S^T                dK~ = R dS^T
 
-The first line's go through the scores once more, as `prepare` made them, and together with the
-second line's they give dq, d(b * k) and, as a column, dk. The cumulative log-decay G multiplies row
-r and divides column r wherever they meet another token, so
+The first line's go through the levels of blocks once more, as `prepare` went for the scores, and
+together with the second line's they give the rows dq and d(b * k), and dk as a column. The
+cumulative log-decay G multiplies row r and divides column r wherever they meet another token, so
 
     dG_r = q_r dq_r + (b_r * k_r) d(b * k)_r - k_r dk_r     dlog_decay_i = sum_{r >= i} dG_r + end
 
@@ -21,8 +21,33 @@ Axes: as in `prepare` and `scan`; BK key channels and BV value channels at a tim
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.decay import exp, grow, pairs
-from gdn2.ops.triton.layout import load_rows, load_tokens, locate, store_rows, store_tokens
+from gdn2.ops.triton.decay import decay_within, exp, halves, pairs
+from gdn2.ops.triton.layout import (
+    load_rows,
+    load_tokens,
+    load_transposed,
+    locate,
+    store_rows,
+    store_tokens,
+)
+
+
+@triton.jit
+def among(x, r, level):
+    """x [C, C] where a row and a column are in blocks that meet at a level, else zeros."""
+    return tl.where(pairs(r, level), x, tl.zeros_like(x))
+
+
+@triton.jit
+def sum_from(x, r, DOT: tl.constexpr):
+    """The sum over each token and those after it [BK, C]."""
+    if DOT == tl.bfloat16:
+        ones = tl.where(r[:, None] >= r[None, :], 1.0, 0.0).to(DOT)
+        high = x.to(DOT)
+        x = tl.dot(high, ones, acc=tl.dot((x - high.to(tl.float32)).to(DOT), ones))
+    else:  # halves of other types would not have float32's range
+        x = tl.cumsum(x, 1, reverse=True)
+    return x
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -75,7 +100,6 @@ def gradients(
     WRITE: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     GROUP: tl.constexpr = HV // P
     chunk = tl.program_id(0).to(tl.int64)
@@ -87,7 +111,6 @@ def gradients(
     r = tl.arange(0, C)
     first = start + before
     live = r < left
-    itself = r[:, None] == r[None, :]
 
     # What meets within the chunk, and the values' gradients.
     dA = tl.zeros([C, C], tl.float32)
@@ -102,9 +125,9 @@ def gradients(
             R = tl.trans(load_rows(written, rows, r, V, c, value_in))
             dO = load_rows(dout, first, r, dout_stride, at, value_in)
             dX = load_rows(dwritten, rows, r, V, c, value_in)
-            dA = tl.dot(dO, R, acc=dA, input_precision=PRECISION)
+            dA = tl.dot(dO, R, acc=dA, input_precision="tf32x3")
             if ERASE:
-                dT = tl.dot(dX, R, acc=dT, input_precision=PRECISION)
+                dT = tl.dot(dX, R, acc=dT, input_precision="tf32x3")
             dz = dX.to(tl.float32)
             if WRITE:
                 value = load_rows(v, first, r, v_stride, at, value_in).to(tl.float32)
@@ -118,27 +141,25 @@ def gradients(
             store_rows(dv, first, r, HV * V, at, dz, value_in)
         if WRITE == 1:
             store_tokens(dwrite, first, r, HV, hv, dgate, live)
-    dA_itself = tl.sum(tl.where(itself, dA, 0.0), 1)[:, None]
     below = r[:, None] > r[None, :]
+    dA_itself = tl.sum(tl.where(r[:, None] == r[None, :], dA, 0.0), 1)
     dA = tl.where(below, dA, 0.0)
     dT = tl.where(below, -dT, 0.0)
 
     prepared = (chunk * P + p) * C
-    if ERASE == 1:
-        head = p // (P // ERASE_HEADS)
-        erase_gate = load_tokens(erase, first, r, erase_stride, head, live)[:, None]
-        derase_of_head = tl.zeros([C], tl.float32)
+    erase_head = p // (P // ERASE_HEADS)
+    derase_of_head = tl.zeros([C], tl.float32)
     if DECAY < 2:
-        before_row = tl.full([C, 1], 1.0, tl.float32)
-        after_row = tl.full([C, 1], 1.0, tl.float32)
+        from_start = tl.full([1, C], 1.0, tl.float32)
+        to_end = tl.full([1, C], 1.0, tl.float32)
         if DECAY == 1:
             head = p // (P // LOG_DECAY_HEADS)
             decay = exp(load_tokens(log_decay, first, r, log_decay_stride, head, live))
             between = tl.cumprod(tl.where(below, decay[:, None], 1.0), 0)
             dA *= between
             dT *= between
-            before_row = tl.load(prefix + prepared + r)[:, None]
-            after_row = tl.load(suffix + prepared + r)[:, None]
+            from_start = tl.load(prefix + prepared + r)[None, :]
+            to_end = tl.load(suffix + prepared + r)[None, :]
             whole = tl.load(prefix + prepared + C - 1)
             dG_of_head = tl.zeros([C], tl.float32)
             end_of_head = 0.0
@@ -147,103 +168,116 @@ def gradients(
 
     for first_key in tl.range(0, K, BK, loop_unroll_factor=1):
         kc = first_key + tl.arange(0, BK)
-        at = p // (P // H) * K + kc
-        query = load_rows(q, first, r, q_stride, at, live[:, None]).to(tl.float32) * scale
-        key = load_rows(k, first, r, k_stride, at, live[:, None]).to(tl.float32)
-        if ERASE == 2:
-            at = p // (P // ERASE_HEADS) * K + kc
-            gate = load_rows(erase, first, r, erase_stride, at, live[:, None]).to(tl.float32)
-            erased = key * gate
-        elif ERASE == 1:
-            gate = erase_gate
-            erased = key * gate
-        if DECAY == 2:
-            at = p // (P // LOG_DECAY_HEADS) * K + kc
-            decay = load_rows(log_decay, first, r, log_decay_stride, at, live[:, None])
-            before_row = exp(decay)
-            after_row = tl.full([C, BK], 1.0, tl.float32)
-            dquery = tl.zeros([C, BK], tl.float32)
-            derase_row = tl.zeros([C, BK], tl.float32)
-            dkey = tl.zeros([C, BK], tl.float32)
-            for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-                upper, pair = pairs(r, level)
-                met = tl.where(pair, dA, 0.0)
-                lower_keys = tl.where(upper, 0.0, key * after_row).to(DOT)
-                decayed = tl.where(upper, before_row, 0.0)
-                dquery += decayed * tl.dot(met, lower_keys, input_precision=PRECISION)
-                rows_met = (query * decayed).to(DOT)
-                by_column = tl.dot(tl.trans(met), rows_met, input_precision=PRECISION)
+        k_at = p // (P // H) * K + kc
+        decay_at = p // (P // LOG_DECAY_HEADS) * K + kc
+        erase_at = p // (P // ERASE_HEADS) * K + kc
+        at = p * K + kc
+
+        # Rows: what they meet of the state, then of the chunk.
+        dquery = tl.zeros([BK, C], tl.float32)
+        derased = tl.zeros([BK, C], tl.float32)
+        for hv in tl.range(p * GROUP, (p + 1) * GROUP, loop_unroll_factor=1):
+            for first_channel in tl.range(0, V, BV, loop_unroll_factor=1):
+                c = first_channel + tl.arange(0, BV)
+                c_in = (c < V)[None, :]
+                S = load_rows(states, (chunk * HV + hv) * K, kc, V, c, c_in)
+                dO = load_rows(dout, first, r, dout_stride, hv * V + c, live[:, None] & c_in)
+                dquery = tl.dot(S, tl.trans(dO), acc=dquery, input_precision="tf32x3")
                 if ERASE:
-                    met = tl.where(pair, dT, 0.0)
-                    derase_row += decayed * tl.dot(met, lower_keys, input_precision=PRECISION)
-                    rows_met = (erased * decayed).to(DOT)
-                    by_column = tl.dot(
-                        tl.trans(met), rows_met, acc=by_column, input_precision=PRECISION
-                    )
-                dkey += tl.where(upper, 0.0, after_row) * by_column
-                before_row, after_row = grow(before_row, after_row, r, level)
+                    dX = load_rows(dwritten, (chunk * HV + hv) * C, r, V, c, c_in)
+                    derased = tl.dot(S, tl.trans(dX), acc=derased, input_precision="tf32x3")
+        if DECAY == 2:
+            decay = load_transposed(log_decay, first, r, log_decay_stride, decay_at, live)
+            high, low = halves(decay)
+            from_start = decay_within(high, low, r, C, r >= 0, DOT)
+        dquery *= from_start
+        derased *= -from_start
+        key = load_transposed(k, first, r, k_stride, k_at, live)
+        if DECAY == 2:
+            for level in tl.range(0, LEVELS, loop_unroll_factor=1):
+                upper = ((r >> level) & 1) == 1
+                x = decay_within(high, low, r, 1 << level, upper, DOT)
+                lower_keys = (key * x).to(DOT)
+                met = tl.trans(among(dA, r, level))
+                dquery += x * tl.dot(lower_keys, met, input_precision="tf32x3")
+                if ERASE:
+                    met = tl.trans(among(dT, r, level))
+                    derased += x * tl.dot(lower_keys, met, input_precision="tf32x3")
         else:
             keys = key.to(DOT)
-            dquery = tl.dot(dA, keys, input_precision=PRECISION)
-            dkey = tl.dot(tl.trans(dA), query.to(DOT), input_precision=PRECISION)
+            dquery = tl.dot(keys, tl.trans(dA), acc=dquery, input_precision="tf32x3")
             if ERASE:
-                derase_row = tl.dot(dT, keys, input_precision=PRECISION)
-                dkey = tl.dot(tl.trans(dT), erased.to(DOT), acc=dkey, input_precision=PRECISION)
+                derased = tl.dot(keys, tl.trans(dT), acc=derased, input_precision="tf32x3")
+        dq_rows = tl.trans((dquery + dA_itself[None, :] * key) * scale)
+        store_rows(dq, first, r, P * K, at, dq_rows, live[:, None])
+        dG = load_transposed(q, first, r, q_stride, k_at, live) * scale * dquery
+        dkey = tl.zeros([BK, C], tl.float32)
+        if ERASE == 2:
+            erase_gate = load_transposed(erase, first, r, erase_stride, erase_at, live)
+        elif ERASE == 1:
+            erase_gate = load_tokens(erase, first, r, erase_stride, erase_head, live)[None, :]
+        if ERASE:
+            dkey = erase_gate * derased
+            dG += 2 * key * dkey  # once for its part of dkey, which is no column's
+            derased *= key
+        if ERASE == 2:
+            store_rows(derase, first, r, P * K, at, tl.trans(derased), live[:, None])
+        elif ERASE == 1:
+            derase_of_head += tl.sum(derased, 0)
+            if first_key + BK == K:
+                store_tokens(derase, first, r, P, p, derase_of_head, live)
 
-        # What meets the state.
-        drow = tl.zeros([C, BK], tl.float32)
-        derased = tl.zeros([C, BK], tl.float32)
-        dcolumn = tl.zeros([C, BK], tl.float32)
+        # Columns, in the same order. Keys and queries are read again: there is no room for both.
+        dcolumn = tl.zeros([BK, C], tl.float32)
         dtotal = tl.zeros([BK], tl.float32)
         for hv in tl.range(p * GROUP, (p + 1) * GROUP, loop_unroll_factor=1):
             for first_channel in tl.range(0, V, BV, loop_unroll_factor=1):
                 c = first_channel + tl.arange(0, BV)
                 c_in = (c < V)[None, :]
-                rows = (chunk * HV + hv) * C
                 at_state = (chunk * HV + hv) * K
-                S = load_rows(states, at_state, kc, V, c, c_in)
                 dS = load_rows(dstates, at_state, kc, V, c, c_in)
-                R = load_rows(written, rows, r, V, c, c_in)
-                dO = load_rows(dout, first, r, dout_stride, hv * V + c, live[:, None] & c_in)
-                drow = tl.dot(dO, tl.trans(S), acc=drow, input_precision=PRECISION)
-                if ERASE:
-                    dX = load_rows(dwritten, rows, r, V, c, c_in)
-                    derased = tl.dot(dX, tl.trans(S), acc=derased, input_precision=PRECISION)
-                dcolumn = tl.dot(R, tl.trans(dS), acc=dcolumn, input_precision=PRECISION)
+                R = load_rows(written, (chunk * HV + hv) * C, r, V, c, c_in)
+                dcolumn = tl.dot(dS, tl.trans(R), acc=dcolumn, input_precision="tf32x3")
                 if DECAY:
+                    S = load_rows(states, at_state, kc, V, c, c_in)
                     dtotal += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-        dcolumn *= after_row
-        dquery += before_row * drow
+        if DECAY == 2:
+            to_end = decay_within(high, low, r, C, r < 0, DOT)
+        dcolumn *= to_end
         dkey += dcolumn
+        key = load_transposed(k, first, r, k_stride, k_at, live)
+        end = tl.sum(key * dcolumn, 1)
+        query = load_transposed(q, first, r, q_stride, k_at, live) * scale
+        if ERASE == 2:
+            erase_gate = load_transposed(erase, first, r, erase_stride, erase_at, live)
+        elif ERASE == 1:
+            erase_gate = load_tokens(erase, first, r, erase_stride, erase_head, live)[None, :]
         if ERASE:
-            derase_row -= before_row * derased
-        if DECAY:
-            dG = query * dquery - key * dkey
+            erased = key * erase_gate
+        if DECAY == 2:
+            for level in tl.range(0, LEVELS, loop_unroll_factor=1):
+                upper = ((r >> level) & 1) == 1
+                x = decay_within(high, low, r, 1 << level, upper, DOT)
+                met = tl.dot((query * x).to(DOT), among(dA, r, level), input_precision="tf32x3")
+                if ERASE:
+                    rows_met = (erased * x).to(DOT)
+                    met = tl.dot(rows_met, among(dT, r, level), acc=met, input_precision="tf32x3")
+                dkey += x * met
+        else:
+            dkey = tl.dot(query.to(DOT), dA, acc=dkey, input_precision="tf32x3")
             if ERASE:
-                dG += erased * derase_row
-            end = tl.sum(key * dcolumn, 0)
+                dkey = tl.dot(erased.to(DOT), dT, acc=dkey, input_precision="tf32x3")
+        dG -= key * dkey
+        dk_rows = tl.trans(dkey + dA_itself[None, :] * query)
+        store_rows(dk, first, r, P * K, at, dk_rows, live[:, None])
         if DECAY == 2:
             end += dtotal * tl.load(total + (chunk * P + p) * K + kc)
-            dG = tl.cumsum(dG, 0, reverse=True) + end[None, :]
-            store_rows(dlog_decay, first, r, P * K, p * K + kc, dG, live[:, None])
+            dG = sum_from(dG, r, DOT) + end[:, None]
+            store_rows(dlog_decay, first, r, P * K, at, tl.trans(dG), live[:, None])
         elif DECAY == 1:
-            dG_of_head += tl.sum(dG, 1)
+            dG_of_head += tl.sum(dG, 0)
             end_of_head += tl.sum(end) + whole * tl.sum(dtotal)
-        dquery += dA_itself * key
-        dkey += dA_itself * query
-        at = p * K + kc
-        if ERASE:
-            dkey += gate * derase_row
-            derase_row *= key
-        if ERASE == 2:
-            store_rows(derase, first, r, P * K, at, derase_row, live[:, None])
-        elif ERASE == 1:
-            derase_of_head += tl.sum(derase_row, 1)
-        store_rows(dq, first, r, P * K, at, dquery * scale, live[:, None])
-        store_rows(dk, first, r, P * K, at, dkey, live[:, None])
 
-    if ERASE == 1:
-        store_tokens(derase, first, r, P, p, derase_of_head, live)
     if DECAY == 1:
         dG_of_head = tl.cumsum(dG_of_head, 0, reverse=True) + end_of_head
         store_tokens(dlog_decay, first, r, P, p, dG_of_head, live)

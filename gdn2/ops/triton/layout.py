@@ -41,6 +41,12 @@ def load_rows(x, first, r, stride, channel, mask):
 
 
 @triton.jit
+def load_transposed(x, first, r, stride, channel, live):
+    """``x[first + r, channel]`` in float32 with tokens as columns, zero where they are not live."""
+    return tl.trans(load_rows(x, first, r, stride, channel, live[:, None])).to(tl.float32)
+
+
+@triton.jit
 def store_rows(x, first, r, stride, channel, tile, mask):
     """``x[first + r, channel] = tile``."""
     to = x + first * stride + r[:, None] * stride + channel[None, :]

@@ -10,35 +10,46 @@ under decay per head prefix and suffix are columns that the scan applies itself.
     scores = A_qk        inverse = (I + T)^-1                                         [C, C]
 
 Under decay per channel T and A_qk are made of pairs of blocks of 1, 2, 4 ... C/2 tokens (`decay`).
+A row's decay serves it as an upper row or as a lower column, whichever it is at that level; pairs
+that do not meet are dropped from the product.
 
 Axes: C tokens a chunk, H key heads, P heads of prepared chunks (H, or HV where a gate has HV), K
-key channels, BK of them at a time.
+key channels, BK of them at a time. Under decay per channel tiles are [BK, C], channels by tokens:
+C rows are one warpgroup's, and Triton lets every other one compute all left factors too.
 """
 
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.decay import exp, grow, pairs
-from gdn2.ops.triton.layout import load_rows, load_tokens, locate, store_rows
+from gdn2.ops.triton.decay import decay_in_all, decay_within, exp, halves, pairs
+from gdn2.ops.triton.layout import load_rows, load_tokens, load_transposed, locate, store_rows
 
 
 @triton.jit
-def invert(t, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def invert(t, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr):
     """``(I + t)^-1`` for t [C, C] strictly lower triangular.
 
     By block substitution, A <- A - A t_h A for h = 1, 2, 4 ...: a Neumann series is wrong where
-    keys repeat. Then one Newton step; only its residual needs full precision.
+    keys repeat. Then Newton's steps; only their residuals need more than DOT's precision.
     """
+    STEPS: tl.constexpr = 2 if DOT == tl.bfloat16 else 1
     r = tl.arange(0, C)
-    apart = r[:, None] ^ r[None, :]
-    eye = tl.where(apart == 0, 1.0, 0.0)
-    a = eye - tl.where(apart == 1, t, 0.0)
+    eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
+    a = eye - tl.where(pairs(r, 0), t, 0.0)
     for level in tl.range(1, LEVELS, loop_unroll_factor=1):
-        t_h = tl.where((apart >> level) == 1, t, 0.0)
-        part = tl.dot(a, t_h, input_precision=PRECISION)
-        a -= tl.dot(part, a, input_precision=PRECISION)
-    residual = eye - a - tl.dot(t, a, input_precision="tf32x3")
-    return a + tl.dot(a, residual, input_precision=PRECISION)
+        t_h = tl.where(pairs(r, level), -t, 0.0).to(DOT)
+        rounded = a.to(DOT)
+        part = tl.dot(rounded, t_h, input_precision="tf32x3").to(DOT)
+        a = tl.dot(part, rounded, acc=a, input_precision="tf32x3")
+    high = t.to(DOT)
+    for _ in tl.range(0, STEPS, loop_unroll_factor=1):
+        rounded = a.to(DOT)
+        product = tl.dot(high, rounded, input_precision="tf32x3")
+        if DOT != tl.float32:
+            product = tl.dot((t - high.to(tl.float32)).to(DOT), rounded, acc=product)
+            product = tl.dot(high, (a - rounded.to(tl.float32)).to(DOT), acc=product)
+        a = tl.dot(rounded, (eye - a - product).to(DOT), acc=a, input_precision="tf32x3")
+    return a
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -73,7 +84,6 @@ def prepare_under_channel_decay(
     ERASE: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     p = tl.program_id(1)
@@ -83,44 +93,51 @@ def prepare_under_channel_decay(
         return
     r = tl.arange(0, C)
     first = start + before
-    live = (r < left)[:, None]
+    live = r < left
     first_row = (chunk.to(tl.int64) * P + p) * C  # of what is written
     a_qk = tl.zeros([C, C], tl.float32)
     t = tl.zeros([C, C], tl.float32)
     for first_channel in tl.range(0, K, BK, loop_unroll_factor=1):
         c = first_channel + tl.arange(0, BK)
         at = p // (P // H) * K + c
-        query = load_rows(q, first, r, q_stride, at, live).to(tl.float32) * scale
-        key = load_rows(k, first, r, k_stride, at, live).to(tl.float32)
+        query = load_rows(q, first, r, q_stride, at, live[:, None])
+        key = tl.trans(load_rows(k, first, r, k_stride, at, live[:, None]))
+        itself = tl.dot(query, key, input_precision="tf32x3")
+        met_queries = tl.where(r[:, None] == r[None, :], itself, 0.0)
+        query = tl.trans(query).to(tl.float32)
+        key = key.to(tl.float32)
         at = p // (P // LOG_DECAY_HEADS) * K + c
-        prefix = exp(load_rows(log_decay, first, r, log_decay_stride, at, live))
-        suffix = tl.full([C, BK], 1.0, tl.float32)
+        high, low = halves(load_transposed(log_decay, first, r, log_decay_stride, at, live))
+        tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, decay_in_all(high, low))
+        prefix = decay_within(high, low, r, C, r >= 0, DOT)
+        store_rows(query_rows, first_row, r, K, c, tl.trans(query * (prefix * scale)), None)
         if ERASE == 2:
             at = p // (P // ERASE_HEADS) * K + c
-            erased = key * load_rows(erase, first, r, erase_stride, at, live).to(tl.float32)
+            erased = key * load_transposed(erase, first, r, erase_stride, at, live)
         elif ERASE == 1:
             head = p // (P // ERASE_HEADS)
-            erased = key * load_tokens(erase, first, r, erase_stride, head, r < left)[:, None]
-        a_qk += tl.where(r[:, None] == r[None, :], tl.sum(query * key, 1)[:, None], 0.0)
-        for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-            upper, pair = pairs(r, level)
-            lower_keys = tl.trans(tl.where(upper, 0.0, key * suffix).to(DOT))
-            decayed = tl.where(upper, prefix, 0.0)
-            met = tl.dot((query * decayed).to(DOT), lower_keys, input_precision=PRECISION)
-            a_qk += tl.where(pair, met, 0.0)
-            if ERASE:
-                met = tl.dot((erased * decayed).to(DOT), lower_keys, input_precision=PRECISION)
-                t += tl.where(pair, met, 0.0)
-            prefix, suffix = grow(prefix, suffix, r, level)
-        store_rows(query_rows, first_row, r, K, c, query * prefix, None)
-        store_rows(columns, first_row, r, K, c, key * suffix, None)
+            erased = key * load_tokens(erase, first, r, erase_stride, head, live)[None, :]
         if ERASE:
-            store_rows(erased_rows, first_row, r, K, c, erased * prefix, None)
-        end = tl.sum(tl.where(r[:, None] == C - 1, prefix, 0.0), 0)
-        tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, end)
-    store_rows(scores, first_row, r, C, r, a_qk, None)
+            store_rows(erased_rows, first_row, r, K, c, tl.trans(erased * prefix), None)
+        suffix = decay_within(high, low, r, C, r < 0, DOT)
+        store_rows(columns, first_row, r, K, c, tl.trans(key * suffix), None)
+        met_erased = tl.zeros([C, C], tl.float32)
+        for level in tl.range(0, LEVELS, loop_unroll_factor=1):
+            upper = ((r >> level) & 1) == 1
+            x = decay_within(high, low, r, 1 << level, upper, DOT)
+            lower_keys = (key * x).to(DOT)
+            if ERASE:
+                rows = tl.trans((erased * x).to(DOT))
+                met = tl.dot(rows, lower_keys, input_precision="tf32x3")
+                met_erased = tl.where(pairs(r, level), met, met_erased)
+            rows = tl.trans((query * x).to(DOT))
+            met = tl.dot(rows, lower_keys, input_precision="tf32x3")
+            met_queries = tl.where(pairs(r, level), met, met_queries)
+        a_qk += tl.where(r[:, None] >= r[None, :], met_queries, 0.0)
+        t += tl.where(r[:, None] > r[None, :], met_erased, 0.0)
+    store_rows(scores, first_row, r, C, r, a_qk * scale, None)
     if ERASE:
-        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, PRECISION), None)
+        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, DOT), None)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -154,7 +171,6 @@ def prepare_under_head_decay(
     ERASE: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """DECAY 1: one decay a head; 0: none."""
     chunk = tl.program_id(0)
@@ -174,14 +190,14 @@ def prepare_under_head_decay(
         key = load_rows(k, first, r, k_stride, at, live[:, None])
         keys = tl.trans(key)
         query = load_rows(q, first, r, q_stride, at, live[:, None])
-        a_qk = tl.dot(query, keys, acc=a_qk, input_precision=PRECISION)
+        a_qk = tl.dot(query, keys, acc=a_qk, input_precision="tf32x3")
         if ERASE == 2:
             at = p // (P // ERASE_HEADS) * K + c
             gate = load_rows(erase, first, r, erase_stride, at, live[:, None]).to(tl.float32)
             erased = (key.to(tl.float32) * gate).to(DOT)
-            t = tl.dot(erased, keys, acc=t, input_precision=PRECISION)
+            t = tl.dot(erased, keys, acc=t, input_precision="tf32x3")
         elif ERASE == 1:
-            t = tl.dot(key, keys, acc=t, input_precision=PRECISION)
+            t = tl.dot(key, keys, acc=t, input_precision="tf32x3")
     a_qk *= scale
     first_row = (chunk.to(tl.int64) * P + p) * C
     if DECAY:
@@ -200,4 +216,4 @@ def prepare_under_head_decay(
     store_rows(scores, first_row, r, C, r, a_qk, None)
     if ERASE:
         t = tl.where(r[:, None] > r[None, :], t, 0.0)
-        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, PRECISION), None)
+        store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, DOT), None)

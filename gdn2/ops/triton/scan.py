@@ -73,7 +73,6 @@ def scan(
     FIND: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     TRANSFER: tl.constexpr = FIND == "transfers"
     columns_of_state: tl.constexpr = V + K if TRANSFER else V
@@ -117,7 +116,7 @@ def scan(
             keys = load_rows(columns, first_row, r, K, kc, rows_in)
             if ERASE:
                 erased = load_rows(erased_rows, first_row, r, K, kc, rows_in)
-                z -= tl.dot(erased, S_read, input_precision=PRECISION)
+                z -= tl.dot(erased, S_read, input_precision="tf32x3")
         else:
             rows_in = live[:, None] & k_in[None, :]
             keys = load_rows(k, first, r, k_stride, hv // (HV // H) * K + kc, rows_in)
@@ -127,15 +126,15 @@ def scan(
                 at = hv // (HV // ERASE_HEADS) * K + kc
                 gate = load_rows(erase, first, r, erase_stride, at, rows_in).to(tl.float32)
                 erased = (keys.to(tl.float32) * gate).to(DOT)
-                read = tl.dot(erased, S_read, input_precision=PRECISION)
+                read = tl.dot(erased, S_read, input_precision="tf32x3")
             elif ERASE == 1:
                 head = hv // (HV // ERASE_HEADS)
                 gate = load_tokens(erase, first, r, erase_stride, head, live)
-                read = tl.dot(keys, S_read, input_precision=PRECISION) * gate[:, None]
+                read = tl.dot(keys, S_read, input_precision="tf32x3") * gate[:, None]
             if ERASE:
                 z -= read * decay if DECAY == 1 else read
         if ERASE:
-            R = tl.dot(tl.load(inverse + in_chunk), z.to(DOT), input_precision=PRECISION)
+            R = tl.dot(tl.load(inverse + in_chunk), z.to(DOT), input_precision="tf32x3")
         else:
             R = z
         if FIND == "states":
@@ -145,20 +144,20 @@ def scan(
         elif FIND == "outputs":
             if DECAY == 2:
                 queries = load_rows(query_rows, first_row, r, K, kc, rows_in)
-                o = tl.dot(queries, S_read, input_precision=PRECISION)
+                o = tl.dot(queries, S_read, input_precision="tf32x3")
             else:
                 queries = load_rows(q, first, r, q_stride, hv // (HV // H) * K + kc, rows_in)
-                o = tl.dot(queries, S_read, input_precision=PRECISION) * scale
+                o = tl.dot(queries, S_read, input_precision="tf32x3") * scale
                 if DECAY == 1:
                     o *= decay
-            o = tl.dot(tl.load(scores + in_chunk), R.to(DOT), acc=o, input_precision=PRECISION)
+            o = tl.dot(tl.load(scores + in_chunk), R.to(DOT), acc=o, input_precision="tf32x3")
             store_rows(out, first, r, HV * V, hv * V + vc, o, z_in)
         if DECAY == 2:
             S *= tl.load(total + ((chunk_0 + i) * P + p) * K + kc, mask=k_in, other=0.0)[:, None]
         elif DECAY == 1:
             R *= tl.load(suffix + first_row + r)[:, None]
             S *= tl.load(prefix + ((chunk_0 + i) * P + p) * C + C - 1)
-        S = tl.dot(tl.trans(keys), R.to(DOT), acc=S, input_precision=PRECISION)
+        S = tl.dot(tl.trans(keys), R.to(DOT), acc=S, input_precision="tf32x3")
     if TRANSFER:
         store_rows(transfers, first_state, kc, V + K, vc, S, state_in)
     elif last and FIND == "outputs":

@@ -63,7 +63,6 @@ def scan_back(
     FIND: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     TRANSFER: tl.constexpr = FIND == "transfers"
     columns_of_state: tl.constexpr = V + K if TRANSFER else V
@@ -105,13 +104,13 @@ def scan_back(
         else:
             rows_in = live[:, None] & k_in[None, :]
             keys = load_rows(k, first, r, k_stride, hv // (HV // H) * K + kc, rows_in)
-        dR = tl.dot(keys, dS_read, input_precision=PRECISION)
+        dR = tl.dot(keys, dS_read, input_precision="tf32x3")
         if DECAY == 1:
             dR *= tl.load(suffix + first_row + r)[:, None]
-        dR = tl.dot(tl.trans(tl.load(scores + in_chunk)), dO, acc=dR, input_precision=PRECISION)
+        dR = tl.dot(tl.trans(tl.load(scores + in_chunk)), dO, acc=dR, input_precision="tf32x3")
         if ERASE:
             A = tl.load(inverse + in_chunk)
-            dX = tl.dot(tl.trans(A), dR.to(DOT), input_precision=PRECISION)
+            dX = tl.dot(tl.trans(A), dR.to(DOT), input_precision="tf32x3")
         else:
             dX = dR
         if not TRANSFER:
@@ -120,7 +119,7 @@ def scan_back(
         if DECAY == 2:
             dS *= tl.load(total + ((chunk_0 + i) * P + p) * K + kc, mask=k_in, other=0.0)[:, None]
             queries = load_rows(query_rows, first_row, r, K, kc, rows_in)
-            dS = tl.dot(tl.trans(queries), dO, acc=dS, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(queries), dO, acc=dS, input_precision="tf32x3")
             if ERASE:
                 erased = load_rows(erased_rows, first_row, r, K, kc, rows_in)
         else:
@@ -131,7 +130,7 @@ def scan_back(
                 decay = tl.load(prefix + first_row + r)[:, None]
                 read *= decay
                 dX *= decay
-            dS = tl.dot(tl.trans(queries), read.to(DOT), acc=dS, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(queries), read.to(DOT), acc=dS, input_precision="tf32x3")
             if ERASE == 2:
                 at = hv // (HV // ERASE_HEADS) * K + kc
                 gate = load_rows(erase, first, r, erase_stride, at, rows_in).to(tl.float32)
@@ -141,7 +140,7 @@ def scan_back(
                 dX *= load_tokens(erase, first, r, erase_stride, head, live)[:, None]
                 erased = keys
         if ERASE:
-            dS = tl.dot(tl.trans(erased), (-dX).to(DOT), acc=dS, input_precision=PRECISION)
+            dS = tl.dot(tl.trans(erased), (-dX).to(DOT), acc=dS, input_precision="tf32x3")
     if TRANSFER:
         store_rows(transfers, first_state, kc, V + K, vc, dS, state_in)
     elif dstart is not None and before == 0:

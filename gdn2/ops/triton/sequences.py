@@ -82,10 +82,9 @@ class _Call:
             "scale": scale,
             "P": self.P,
             "KP": triton.next_power_of_2(K),
-            "BK": min(self.sizes.BK, K & -K),
+            "BK": min(self.sizes.prepare_BK, K & -K),
             "LEVELS": self.sizes.C.bit_length() - 1,
             "DOT": _DOT[x.q.dtype],
-            "PRECISION": "tf32x3" if x.q.dtype == torch.float32 else "tf32",
             **dict.fromkeys(("out", "new_state", "states", "written", "transfers")),
         }
         self._prepare()
@@ -144,6 +143,7 @@ class _Call:
             starts = self.empty(segments, HV, K, V)
             arguments |= {"FIND": find, "starts": starts}
             merging = arguments | {"state": state, "HAS_STATE": state is not None, "BACK": back}
+            merging["BK"] = min(sizes.merge_BK, K & -K)
             launch(merge, (self.N * HV * triton.cdiv(V, BV),), merging, sizes.merge_warps)
         launch_scan(V)
 

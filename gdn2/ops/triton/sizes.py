@@ -37,17 +37,19 @@ class Key(NamedTuple):
 class Sizes(NamedTuple):
     """C tokens a chunk; segments of L tokens, a multiple of C, that are scanned at the same time.
 
-    BK key channels at a time to prepare and to merge; BV value channels of one scan, back_BV of one
-    back, step_BV of one program that decodes; gradients_BK by gradients_BV of states at a time.
+    prepare_BK key channels at a time to prepare, merge_BK to merge; BV value channels of one scan,
+    back_BV of one back, step_BV of one program that decodes; gradients_BK by gradients_BV of states
+    at a time.
     """
 
     C: int
     L: int
-    BK: int
+    prepare_BK: int
     prepare_warps: int
     BV: int
     scan_warps: int
     scan_stages: int
+    merge_BK: int
     merge_warps: int
     step_BV: int
     step_warps: int
