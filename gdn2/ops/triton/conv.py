@@ -60,14 +60,13 @@ def store_columns(x, d, i, tile, inside, width: tl.constexpr):
     tl.store(at, tile.to(x.dtype.element_ty), (i < width)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def normed_conv(
     x,
     taps,
     state,
     cu_seqlens,
-    piece_sequence,
-    first_piece,
+    N,
     y,
     last,
     T,
@@ -85,7 +84,7 @@ def normed_conv(
 ):
     blocks: tl.constexpr = tl.cdiv(D, HEAD)
     piece, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n, start, length, before = locate(piece, cu_seqlens, piece_sequence, first_piece, T, BT, PACKED)
+    n, start, length, before = locate(piece, cu_seqlens, N, T, BT, PACKED)
     d, inside = channels(block, D, HEAD, BD)
     r, k = tl.arange(0, BT), tl.arange(0, WP)
     last += n * D * (W - 1)
@@ -118,7 +117,7 @@ def with_tile(tiles, tile):
     return tiles + (tile,)  # noqa: RUF005  Triton compiles no starred tuples
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def normed_conv_backward(
     dy,
     dlast,
@@ -126,8 +125,7 @@ def normed_conv_backward(
     taps,
     state,
     cu_seqlens,
-    piece_sequence,
-    first_piece,
+    N,
     dx,
     dtaps,
     dstate,
@@ -152,9 +150,7 @@ def normed_conv_backward(
     """
     blocks: tl.constexpr = tl.cdiv(D, HEAD)
     piece, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n, start, length, first = locate(
-        piece, cu_seqlens, piece_sequence, first_piece, T, R * RUN, PACKED
-    )
+    n, start, length, first = locate(piece, cu_seqlens, N, T, R * RUN, PACKED)
     d, inside = channels(block, D, HEAD, BD)
     run = tl.arange(0, R) * RUN
     if HAS_STATE:

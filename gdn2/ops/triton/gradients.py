@@ -50,7 +50,7 @@ def sum_from(x, r, DOT: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def gradients(
     q,
     k,
@@ -73,8 +73,7 @@ def gradients(
     derase,
     dwrite,
     cu_seqlens,
-    chunk_sequence,
-    first_chunk,
+    N,
     T,
     scale,
     q_stride,
@@ -104,7 +103,7 @@ def gradients(
     GROUP: tl.constexpr = HV // P
     chunk = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
-    _, start, length, before = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, start, length, before = locate(chunk, cu_seqlens, N, T, C, PACKED)
     left = length - before
     if left <= 0:
         return

@@ -1,33 +1,45 @@
 """Where the kernels find things: rows of operands, and pieces (chunks, segments) of sequences."""
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 @triton.jit
-def locate(
-    piece, cu_seqlens, piece_sequence, first_piece, T, L: tl.constexpr, PACKED: tl.constexpr
-):
+def first_piece(n, start, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """The number of the first piece of L tokens of a sequence.
+
+    A pack numbers pieces with gaps, so that none needs to know how many come before it: sequence n,
+    which starts at token `start` of the pack, has the numbers from start // L + n on. They suffice:
+    the next one's begin ceil(length / L) later or more.
+    """
+    return start // L + n if PACKED else n * tl.maximum(tl.cdiv(T, L), 1)
+
+
+@triton.jit
+def locate(piece, cu_seqlens, N, T, L: tl.constexpr, PACKED: tl.constexpr):
     """The sequence of a piece of L tokens, that sequence's start and length, and its first token.
 
-    Pieces are numbered through all sequences, of which each has at least one. A surplus piece
-    starts at its sequence's end or beyond.
+    Each of the N sequences has at least one piece. A number that no sequence needs starts at its
+    sequence's end or beyond.
     """
     if PACKED:
-        n = tl.load(piece_sequence + piece).to(tl.int64)
+        # The last sequence whose pieces begin here or before.
+        n = piece * 0
+        after = n + N
+        while n + 1 < after:
+            middle = (n + after) // 2
+            begins = first_piece(middle, tl.load(cu_seqlens + middle), T, L, PACKED) <= piece
+            n = tl.where(begins, middle, n)
+            after = tl.where(begins, after, middle)
+        n = n.to(tl.int64)
         start = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
-        before = (piece - tl.load(first_piece + n)).to(tl.int32) * L
     else:
-        pieces = tl.maximum(tl.cdiv(T, L), 1)
-        n = (piece // pieces).to(tl.int64)
+        n = (piece // tl.maximum(tl.cdiv(T, L), 1)).to(tl.int64)
         start = n * T
         length = T
-        before = piece % pieces * L
+    before = (piece - first_piece(n, start, T, L, PACKED)).to(tl.int32) * L
     return n, start, length, before
 
 
@@ -78,25 +90,11 @@ def load_start(starts, first, kc, vc, V, mask, TRANSFER: tl.constexpr, HAS_START
     return S
 
 
-class Pieces(NamedTuple):
-    """Pieces of L tokens of all sequences: at most `most`; of packs, the tables of `locate`."""
-
-    most: int
-    sequence: Tensor | None
-    first: Tensor | None
-
-    @classmethod
-    def of(cls, B: int, T: int, cu_seqlens: Tensor | None, L: int) -> "Pieces":
-        """Each sequence has at least one. The lengths are not looked at: they may be on a GPU."""
-        if cu_seqlens is None:
-            return cls(B * max(triton.cdiv(T, L), 1), None, None)
-        N = len(cu_seqlens) - 1
-        most = T // L + N
-        first = torch.zeros_like(cu_seqlens)
-        first[1:] = ((cu_seqlens.diff() + L - 1) // L).clamp(min=1).cumsum(0)
-        piece = torch.arange(most, dtype=first.dtype, device=first.device)
-        sequence = torch.searchsorted(first, piece, right=True).clamp(max=N) - 1
-        return cls(most, sequence, first)
+def pieces(B: int, T: int, cu_seqlens: Tensor | None, L: int) -> int:
+    """How many numbers the pieces of L tokens have (`locate`), whatever the packed lengths are."""
+    if cu_seqlens is None:
+        return B * max(triton.cdiv(T, L), 1)
+    return T // L + len(cu_seqlens) - 1
 
 
 def rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ of them a program, segments of L tokens.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, load_start, store_rows
+from gdn2.ops.triton.layout import first_piece, load_rows, load_start, store_rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -21,7 +21,7 @@ def merge(
     state,
     transfers,
     starts,
-    first_segment,
+    cu_seqlens,
     T,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -38,12 +38,12 @@ def merge(
     block = tl.program_id(0) % blocks
     hv = tl.program_id(0) // blocks % HV
     n = (tl.program_id(0) // blocks // HV).to(tl.int64)
+    start, length = n * T, T
     if PACKED:
-        first = tl.load(first_segment + n).to(tl.int64)
-        segments = (tl.load(first_segment + n + 1) - first).to(tl.int32)
-    else:
-        segments = tl.maximum(tl.cdiv(T, L), 1)
-        first = n * segments
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        length = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
+    first = first_piece(n, start, T, L, PACKED)
+    segments = tl.maximum(tl.cdiv(length, L), 1)
     kc = tl.arange(0, KP)
     vc = block * BV + tl.arange(0, BV)
     k_in = kc < K

@@ -10,7 +10,7 @@ from gdn2.ops.contract import check_no_tangent
 from gdn2.ops.triton import conv
 from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.launch import launch
-from gdn2.ops.triton.layout import Pieces, rows
+from gdn2.ops.triton.layout import pieces, rows
 
 
 def normed_conv(
@@ -40,8 +40,8 @@ def _normed_conv(
 ) -> tuple[Tensor, Tensor]:
     arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
     y, last = x.new_empty(x.shape), _new_state(x, weight, cu_seqlens)
-    pieces = Pieces.of(x.shape[0], x.shape[1], cu_seqlens, arguments["BT"])
-    _launch(conv.normed_conv, arguments | {"y": y, "last": last}, pieces, 8)
+    programs = pieces(x.shape[0], x.shape[1], cu_seqlens, arguments["BT"])
+    _launch(conv.normed_conv, arguments | {"y": y, "last": last}, programs, 8)
     return y, last
 
 
@@ -66,17 +66,17 @@ def _backward(
     arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
     dy, (D, W) = rows(dy), weight.shape
     tokens = arguments["R"] * arguments["RUN"]
-    pieces = Pieces.of(x.shape[0], x.shape[1], cu_seqlens, tokens)
+    programs = pieces(x.shape[0], x.shape[1], cu_seqlens, tokens)
     arguments |= {
         "dy": dy,
         "dy_stride": dy.stride(1),
         "dlast": None if dlast is None else dlast.contiguous(),
         "dx": x.new_empty(x.shape),
-        "dtaps": x.new_empty((pieces.most, W, D), dtype=torch.float32),
+        "dtaps": x.new_empty((programs, W, D), dtype=torch.float32),
         "dstate": None if state is None else torch.empty_like(arguments["state"]),
         "HAS_DLAST": dlast is not None,
     }
-    _launch(conv.normed_conv_backward, arguments, pieces, 4)
+    _launch(conv.normed_conv_backward, arguments, programs, 4)
     dweight = arguments["dtaps"].sum(0).mT.to(weight.dtype).contiguous()
     return [x for x in (arguments["dx"], dweight, arguments["dstate"]) if x is not None]
 
@@ -105,6 +105,7 @@ def _describe(
         "taps": weight.mT.contiguous(),
         "state": None if state is None else state.contiguous(),
         "cu_seqlens": cu_seqlens,
+        "N": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
         "T": x.shape[1],
         "x_stride": tokens.stride(1),
         "eps": eps,
@@ -131,8 +132,7 @@ def sizes(BD: int, device: torch.device) -> dict[str, int]:
     return {"BT": 4096 // BD, "R": 512 // BD, "RUN": 64}
 
 
-def _launch(kernel: Any, arguments: dict[str, Any], pieces: Pieces, warps: int) -> None:
+def _launch(kernel: Any, arguments: dict[str, Any], pieces: int, warps: int) -> None:
     """One program for each piece of a sequence and each block of channels."""
-    tables = {"piece_sequence": pieces.sequence, "first_piece": pieces.first}
-    grid = (pieces.most * triton.cdiv(arguments["D"], arguments["HEAD"]),)
-    launch(kernel, grid, arguments | tables, warps)
+    grid = (pieces * triton.cdiv(arguments["D"], arguments["HEAD"]),)
+    launch(kernel, grid, arguments, warps)

@@ -52,7 +52,7 @@ def invert(t, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr):
     return a
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def prepare_under_channel_decay(
     q,
     k,
@@ -65,8 +65,7 @@ def prepare_under_channel_decay(
     inverse,
     scores,
     cu_seqlens,
-    chunk_sequence,
-    first_chunk,
+    N,
     T,
     scale,
     q_stride,
@@ -87,7 +86,7 @@ def prepare_under_channel_decay(
 ):
     chunk = tl.program_id(0)
     p = tl.program_id(1)
-    _, start, length, before = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, start, length, before = locate(chunk, cu_seqlens, N, T, C, PACKED)
     left = length - before
     if left <= 0:
         return
@@ -140,7 +139,7 @@ def prepare_under_channel_decay(
         store_rows(inverse, first_row, r, C, r, invert(t, C, LEVELS, DOT), None)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def prepare_under_head_decay(
     q,
     k,
@@ -151,8 +150,7 @@ def prepare_under_head_decay(
     inverse,
     scores,
     cu_seqlens,
-    chunk_sequence,
-    first_chunk,
+    N,
     T,
     scale,
     q_stride,
@@ -175,7 +173,7 @@ def prepare_under_head_decay(
     """DECAY 1: one decay a head; 0: none."""
     chunk = tl.program_id(0)
     p = tl.program_id(1)
-    _, start, length, before = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, start, length, before = locate(chunk, cu_seqlens, N, T, C, PACKED)
     left = length - before
     if left <= 0:
         return

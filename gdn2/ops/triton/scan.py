@@ -21,10 +21,17 @@ power of two), V value channels, BV of them a program.
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.layout import load_rows, load_start, load_tokens, locate, store_rows
+from gdn2.ops.triton.layout import (
+    first_piece,
+    load_rows,
+    load_start,
+    load_tokens,
+    locate,
+    store_rows,
+)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["N", "T"])
 def scan(
     q,
     k,
@@ -46,9 +53,7 @@ def scan(
     states,
     written,
     cu_seqlens,
-    first_chunk,
-    segment_sequence,
-    first_segment,
+    N,
     T,
     scale,
     q_stride,
@@ -81,14 +86,12 @@ def scan(
     hv = tl.program_id(0) // blocks % HV
     segment = tl.program_id(0) // blocks // HV
     p = hv // (HV // P)
-    n, start, length, before = locate(
-        segment, cu_seqlens, segment_sequence, first_segment, T, L, PACKED
-    )
+    n, start, length, before = locate(segment, cu_seqlens, N, T, L, PACKED)
     last = before + L >= length
     # Nothing follows a sequence's last segment; surplus ones of a pack are empty.
     if last if TRANSFER else (before > 0) & (before >= length):
         return
-    chunk_0 = (tl.load(first_chunk + n).to(tl.int64) if PACKED else n * tl.cdiv(T, C)) + before // C
+    chunk_0 = first_piece(n, start, T, C, PACKED) + before // C
     start += before
     length -= before
     r = tl.arange(0, C)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gdn2.ops.contract import Operands
 from gdn2.ops.triton.gradients import gradients
 from gdn2.ops.triton.launch import describe, launch, sizes_for
-from gdn2.ops.triton.layout import Pieces, rows
+from gdn2.ops.triton.layout import pieces, rows
 from gdn2.ops.triton.merge import merge
 from gdn2.ops.triton.prepare import prepare_under_channel_decay, prepare_under_head_decay
 from gdn2.ops.triton.scan import scan
@@ -45,7 +45,7 @@ def gated_delta_rule_backward(
     state after each; and with both all chunks are differentiated at once.
     """
     call = _Call(x, scale, cu_seqlens)
-    (HV, K, V), C, chunks = call.of_state, call.sizes.C, call.chunks.most
+    (HV, K, V), C, chunks = call.of_state, call.sizes.C, call.chunks
     # Of every chunk: the state before it, what is written, and the gradients after it and of that.
     states, dstates = (call.empty(chunks, HV, K, V, dtype=x.q.dtype) for _ in range(2))
     written, dwritten = (call.empty(chunks, HV, C, V, dtype=x.q.dtype) for _ in range(2))
@@ -67,16 +67,13 @@ class _Call:
         self.x, self.sizes, self.of_state = x, sizes_for(x), (HV, K, V)
         self.N = B if cu_seqlens is None else len(cu_seqlens) - 1
         self.P = HV if on_value_heads else H
-        self.chunks = Pieces.of(B, T, cu_seqlens, self.sizes.C)
-        self.segments = Pieces.of(B, T, cu_seqlens, self.sizes.L)
+        self.chunks = pieces(B, T, cu_seqlens, self.sizes.C)
+        self.segments = pieces(B, T, cu_seqlens, self.sizes.L)
         self.arguments = {
             **describe(x),
             **self.sizes._asdict(),
             "cu_seqlens": cu_seqlens,
-            "chunk_sequence": self.chunks.sequence,
-            "first_chunk": self.chunks.first,
-            "segment_sequence": self.segments.sequence,
-            "first_segment": self.segments.first,
+            "N": self.N,
             "PACKED": cu_seqlens is not None,
             "T": T,
             "scale": scale,
@@ -98,7 +95,7 @@ class _Call:
         channel, head, erase = DECAY == 2, DECAY == 1, self.arguments["ERASE"] > 0
 
         def empty(wanted: bool, *shape: int, dtype: torch.dtype = self.x.q.dtype) -> Tensor | None:
-            return self.empty(self.chunks.most, self.P, *shape, dtype=dtype) if wanted else None
+            return self.empty(self.chunks, self.P, *shape, dtype=dtype) if wanted else None
 
         self.arguments |= {
             "erased_rows": empty(channel and erase, C, K),
@@ -111,7 +108,7 @@ class _Call:
             "scores": empty(True, C, C),
         }
         prepare = prepare_under_channel_decay if channel else prepare_under_head_decay
-        grid = (self.chunks.most, self.P)
+        grid = (self.chunks, self.P)
         launch(prepare, grid, self.arguments, self.sizes.prepare_warps)
 
     def scan(self, kernel: Any, find: str, state: Tensor | None, **found: Any) -> None:
@@ -120,7 +117,7 @@ class _Call:
         Where a sequence may have several, an earlier launch finds what each does to a state, and
         `merge` from that the states which they start from.
         """
-        (HV, K, V), sizes, segments = self.of_state, self.sizes, self.segments.most
+        (HV, K, V), sizes, segments = self.of_state, self.sizes, self.segments
         back = kernel is scan_back
         BV, warps, stages = (
             (sizes.back_BV, sizes.back_warps, sizes.back_stages)
@@ -169,7 +166,7 @@ class _Call:
             "BK": min(self.sizes.gradients_BK, K & -K),
             "BV": min(self.sizes.gradients_BV, triton.next_power_of_2(V)),
         }
-        grid = (self.chunks.most, P)
+        grid = (self.chunks, P)
         launch(gradients, grid, arguments, self.sizes.gradients_warps)
         pairs = zip(grads, x, strict=True)
         return Operands(*(None if t is None else of_heads(g, t) for g, t in pairs))  # type: ignore[arg-type]
