@@ -139,7 +139,8 @@ def around(x: Operands) -> None:
     """What stands around the operator in a layer, there and back."""
     B, T, H, K = x.k.shape
     inputs, weight, last = x.k.flatten(2), x.k.new_empty(H * K, 4), x.k.new_empty(B, H * K, 3)
-    described = (inputs, weight, None, None, H * K, K, 1e-6)
+    bias = weight[:, 0] if x.erase is None else None  # Mamba-2's
+    described = (inputs, weight, bias, None, None, H * K, K, 1e-6)
     normed_conv._normed_conv._init_fn(*described)
     normed_conv._backward._init_fn(inputs, last, *described)
     form = () if x.log_decay is None or x.log_decay.ndim == 3 else (K,)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gdn2.modules.gates import Gates, reset_rate, reset_step_bias, split_heads
 from gdn2.modules.linear import OutputLinear
 from gdn2.modules.norm import GroupedRMSNorm
-from gdn2.ops import causal_conv, causal_conv_step, gated_delta_rule, gated_delta_step
+from gdn2.ops import causal_conv_step, gated_delta_rule, gated_delta_step, normed_conv
 from gdn2.ops.precision import upcast
 
 
@@ -101,7 +101,15 @@ class Mamba2(nn.Module):
         z, vkq, dt = self._project(x)
         past = None if state is None else state.conv
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        vkq, conv = causal_conv(vkq, weight, bias, state=past, cu_seqlens=cu_seqlens)
+        vkq, conv = normed_conv(
+            vkq,
+            weight,
+            bias,
+            norm_channels=0,
+            head_dim=self.inner_size // self.num_heads,
+            state=past,
+            cu_seqlens=cu_seqlens,
+        )
         q, k, v = self._split(vkq)
         gates = self.gates(dt)
         if self.training:

@@ -14,6 +14,7 @@ MOST_TAPS = 8  # that the kernels take
 def normed_conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None = None,
     *,
     norm_channels: int,
     head_dim: int,
@@ -24,7 +25,7 @@ def normed_conv(
 ) -> tuple[Tensor, Tensor]:
     """Convolve as `causal_conv` does, with SiLU, and scale the first heads to unit length.
 
-        s_t = silu(sum_{j<W} weight[:, j] * x_{t-W+1+j})
+        s_t = silu(sum_{j<W} weight[:, j] * x_{t-W+1+j} + bias)
         y_t = s_t / sqrt(sum s_t^2 + eps)    per head of the first norm_channels channels
         y_t = s_t                            in all others
 
@@ -33,7 +34,7 @@ def normed_conv(
 
     Args:
         x: ``[B, T, D]``, any floating dtype: queries and keys, then values.
-        weight: ``[D, W]``.
+        weight: ``[D, W]``. bias: ``[D]``.
         norm_channels: how many channels are normed, a multiple of `head_dim` from 0 to D.
         head_dim: channels of a head.
         eps: under the root, at least 0.
@@ -49,7 +50,7 @@ def normed_conv(
         ValueError: a shape or the channels break the contract. NotImplementedError: the backend
             that is named can not serve the call.
     """
-    check_sequences(x, weight, None, "silu", state, cu_seqlens)
+    check_sequences(x, weight, bias, "silu", state, cu_seqlens)
     D, W = weight.shape
     if head_dim < 1 or not 0 <= norm_channels <= D or norm_channels % head_dim:
         raise ValueError(
@@ -63,8 +64,9 @@ def normed_conv(
     if resolve_backend(backend, x, None if fits else limit) == "triton":
         from gdn2.ops.triton import normed_conv as kernels  # only they need triton
 
-        return kernels.normed_conv(x, weight, norm_channels, head_dim, eps, state, cu_seqlens)
-    y, last = causal_conv(x, weight, state=state, cu_seqlens=cu_seqlens)
+        options = norm_channels, head_dim, eps
+        return kernels.normed_conv(x, weight, bias, *options, state, cu_seqlens)
+    y, last = causal_conv(x, weight, bias, state=state, cu_seqlens=cu_seqlens)
     heads, others = y.split([norm_channels, D - norm_channels], -1)
     if norm_channels:
         heads = l2_norm(heads.unflatten(-1, (-1, head_dim)), eps).flatten(-2)

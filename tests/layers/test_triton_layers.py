@@ -138,6 +138,9 @@ def test_a_layer_asks_for_every_kernel(kernels, monkeypatch):
         *("normed_conv", "normed_conv_backward", "decay", "decay_back"),
         *("sigmoid_gate", "sigmoid_gate_back", "gated_norm", "gated_norm_back"),
     }
+    launched.clear()
+    results(build("mamba2"), torch.randn(2, T, D, device=DEVICE), packed=False)
+    assert launched >= {"prepare_under_head_decay", "normed_conv", "normed_conv_backward"}
 
 
 def test_a_checkpointed_layer_gives_the_same_bits(kernels):

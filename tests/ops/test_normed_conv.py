@@ -42,6 +42,13 @@ def test_is_the_convolution_and_the_norm(B, T, norm_channels, backend, dtype):
     assert torch.equal(last, want_last)
 
 
+def test_a_bias_is_the_convolutions():
+    x, weight, state, cu_seqlens = make(1, 9, 8, 4)
+    bias, options = weight[:, 0] + 1, {"state": state, "cu_seqlens": cu_seqlens}
+    y, _ = normed_conv(x, weight, bias, norm_channels=0, head_dim=8, **options)
+    assert torch.equal(y, causal_conv(x, weight, bias, **options)[0])
+
+
 def test_epsilon_is_that_of_the_norm():
     x, weight, _, _ = make(2, 5, 8, 4)
     y, _ = normed_conv(1e-3 * x, weight, norm_channels=8, head_dim=8)

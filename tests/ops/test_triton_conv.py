@@ -31,6 +31,7 @@ class Case:
     norm_channels: int = 16
     head_dim: int = 16
     cu_seqlens: tuple[int, ...] | None = None
+    bias: bool = True
     state: bool = True
 
     @property
@@ -38,21 +39,23 @@ class Case:
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
-BATCH, PACKED = Case(), Case(B=1, cu_seqlens=PACK)
+BATCH, PACKED = Case(bias=False), Case(B=1, cu_seqlens=PACK)
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
-    """x, weight, state, and the gradients that reach the outputs and the returned state."""
+    """x, weight, bias, state, and the gradients that reach the outputs and the returned state."""
     g = torch.Generator().manual_seed(seed)
     x, state = (case.B, case.T, case.D), (case.N, case.D, case.W - 1)
-    shapes = {"x": x, "weight": (case.D, case.W), "state": state, "dy": x, "dlast": state}
+    shapes = {"x": x, "weight": (case.D, case.W), "bias": (case.D,), "state": state}
+    shapes |= {"dy": x, "dlast": state}
     tensors = {n: torch.randn(s, generator=g).to(DEVICE, dtype) for n, s in shapes.items()}
-    return tensors if case.state else tensors | {"state": None}
+    absent = {n: None for n in ("bias", "state") if not getattr(case, n)}
+    return tensors | absent
 
 
 def run(inputs: dict, case: Case, backend: str | None = "triton", call=normed_conv) -> dict:
     """Outputs and gradients; without `dlast` the loss does not see the returned state."""
-    names = [n for n in ("x", "weight", "state") if inputs[n] is not None]
+    names = [n for n in ("x", "weight", "bias", "state") if inputs[n] is not None]
     leaves = {n: inputs[n].detach().requires_grad_() for n in names}
     cu_seqlens = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=DEVICE)
     y, last = call(
@@ -144,7 +147,7 @@ def test_other_batches_and_packs_change_no_bit():
     case = Case(B=3, T=BT + 21)
     inputs = make(case)
     whole = run(inputs, case)
-    one = {n: x if n == "weight" else x[1:2] for n, x in inputs.items()}
+    one = {n: x if n in ("weight", "bias") else x[1:2] for n, x in inputs.items()}
     alone = run(one, replace(case, B=1))
     pack = (0, 9, 9 + case.T, 14 + case.T)
     row = {
@@ -166,7 +169,8 @@ def test_two_parts_of_a_sequence_equal_the_whole():
     parts = [first_tokens(inputs, 7), {n: x if n != "x" else x[:, 7:] for n, x in inputs.items()}]
     whole, first = run(inputs, case), run(parts[0], case)
     options = {"norm_channels": 16, "head_dim": 16, "backend": "triton"}
-    y, last = normed_conv(parts[1]["x"], inputs["weight"], state=first["last"], **options)
+    weights = inputs["weight"], inputs["bias"]
+    y, last = normed_conv(parts[1]["x"], *weights, state=first["last"], **options)
     torch.testing.assert_close(torch.cat([first["y"], y], 1), whole["y"])
     assert_same_bits(last, whole["last"], "returned state")
 
@@ -202,7 +206,7 @@ def test_no_result_comes_from_uninitialised_memory():
 
 
 def test_zero_inputs_have_finite_gradients():
-    case = Case(T=20)
+    case = Case(T=20, bias=False)
     inputs = make(case)
     inputs["x"][:, 3:12] = 0
     inputs["state"][:] = 0
@@ -211,7 +215,7 @@ def test_zero_inputs_have_finite_gradients():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of rows behind the last token
 def test_epsilon_may_be_zero():
-    case = Case(B=1, T=5)
+    case = Case(B=1, T=5, bias=False)
     call = partial(normed_conv, eps=0.0)
     inputs = make(case)
     got, plain = run(inputs, case, call=call), run(inputs, case, None, call)
@@ -251,9 +255,10 @@ def test_what_it_can_not_serve_is_refused():
 
 
 def test_registered_operators_pass_opcheck():
-    for case in (Case(B=1, T=2, D=16), Case(B=1, T=3, D=16, cu_seqlens=(0, 1, 3), state=False)):
+    packed = Case(B=1, T=3, D=16, cu_seqlens=(0, 1, 3), bias=False, state=False)
+    for case in (Case(B=1, T=2, D=16), packed):
         inputs = make(case)
-        operands = [inputs[n] for n in ("x", "weight", "state")]
+        operands = [inputs[n] for n in ("x", "weight", "bias", "state")]
         bounds = case.cu_seqlens and torch.tensor(case.cu_seqlens, device=DEVICE)
         others = (bounds, 16, 16, 1e-6)
         operator, backward = (

@@ -64,6 +64,7 @@ def store_columns(x, d, i, tile, inside, width: tl.constexpr):
 def normed_conv(
     x,
     taps,
+    bias,
     state,
     cu_seqlens,
     N,
@@ -80,6 +81,7 @@ def normed_conv(
     BD: tl.constexpr,
     BT: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
     blocks: tl.constexpr = tl.cdiv(D, HEAD)
@@ -89,6 +91,8 @@ def normed_conv(
     r, k = tl.arange(0, BT), tl.arange(0, WP)
     last += n * D * (W - 1)
     a = tl.zeros([BT, BD], tl.float32)
+    if HAS_BIAS:
+        a += load_tap(bias, 0, d, inside, D)
     if HAS_STATE:
         state += n * D * (W - 1)
         if before == 0:
@@ -123,6 +127,7 @@ def normed_conv_backward(
     dlast,
     x,
     taps,
+    bias,
     state,
     cu_seqlens,
     N,
@@ -141,10 +146,11 @@ def normed_conv_backward(
     R: tl.constexpr,
     RUN: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_DLAST: tl.constexpr,
 ):
-    """`dtaps` [pieces, W, D] is each piece's part of the gradient of `taps`.
+    """`dtaps` [pieces, W, D] is each piece's part of the gradient of `taps`, then of the bias.
 
     A run needs `da` of the W - 1 tokens behind it: it goes on so far, and its dx is that far late.
     """
@@ -160,6 +166,9 @@ def normed_conv_backward(
         dlast += n * D * (W - 1)
     zeros = tl.zeros([R, BD], tl.float32)
     das, sums = (zeros,) * W, (zeros,) * W
+    sum_of_bias = zeros
+    if HAS_BIAS:
+        shift = load_tap(bias, 0, d, inside, D)
     w = ()
     for j in tl.static_range(W):
         w = with_tile(w, load_tap(taps, j, d, inside, D))
@@ -179,6 +188,8 @@ def normed_conv_backward(
         x_next = load_inputs(x, start, length, first + i + 1, run, d, inside, x_stride)
         dy_next = load_inputs(dy, start, length, first + i + 1, run, d, inside, dy_stride)
         a = zeros
+        if HAS_BIAS:
+            a += shift
         for j in tl.static_range(W):
             a += seen[j] * w[j]
         sigmoid = tl.sigmoid(a)
@@ -190,6 +201,8 @@ def normed_conv_backward(
         da *= sigmoid * (1 + a * (1 - sigmoid))
         da = tl.where((first + i + run < length)[:, None], da, 0.0)
         own = tl.where(i < RUN, da, 0.0)
+        if HAS_BIAS:
+            sum_of_bias += own
         das = with_tile(das[1:], da)
         dx_late, before = zeros, sums
         sums = ()
@@ -203,6 +216,8 @@ def normed_conv_backward(
         store_rows(dx, start + late, run, D, d, dx_late, stored)
         if HAS_STATE and first + i < W - 1:
             store_columns(dstate, d, i + run, dx_late, inside, W - 1)
+    dtaps += piece.to(tl.int64) * (W + HAS_BIAS) * D + d
     for j in tl.static_range(W):
-        to = dtaps + (piece.to(tl.int64) * W + j) * D + d
-        tl.store(to[None, :], tl.sum(sums[j], 0)[None, :], inside)
+        tl.store((dtaps + j * D)[None, :], tl.sum(sums[j], 0)[None, :], inside)
+    if HAS_BIAS:
+        tl.store((dtaps + W * D)[None, :], tl.sum(sum_of_bias, 0)[None, :], inside)

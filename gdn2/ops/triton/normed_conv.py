@@ -16,6 +16,7 @@ from gdn2.ops.triton.layout import pieces, rows
 def normed_conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     norm_channels: int,
     head_dim: int,
     eps: float,
@@ -23,22 +24,23 @@ def normed_conv(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All sequences; see the public `normed_conv`."""
-    check_no_tangent((x, weight, state))
+    check_no_tangent((x, weight, bias, state))
     state = None if state is None else state.to(x.dtype)
-    return _normed_conv(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+    return _normed_conv(x, weight, bias, state, cu_seqlens, norm_channels, head_dim, eps)
 
 
 @torch.library.custom_op("gdn2::triton_normed_conv", mutates_args=())
 def _normed_conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     norm_channels: int,
     head_dim: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+    arguments = _describe(x, weight, bias, state, cu_seqlens, norm_channels, head_dim, eps)
     y, last = x.new_empty(x.shape), _new_state(x, weight, cu_seqlens)
     programs = pieces(x.shape[0], x.shape[1], cu_seqlens, arguments["BT"])
     _launch(conv.normed_conv, arguments | {"y": y, "last": last}, programs, 8)
@@ -46,7 +48,7 @@ def _normed_conv(
 
 
 @_normed_conv.register_fake
-def _(x, weight, state, cu_seqlens, norm_channels, head_dim, eps):  # noqa: ARG001
+def _(x, weight, bias, state, cu_seqlens, norm_channels, head_dim, eps):  # noqa: ARG001
     return x.new_empty(x.shape), _new_state(x, weight, cu_seqlens)
 
 
@@ -56,14 +58,15 @@ def _backward(
     dlast: Tensor | None,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     norm_channels: int,
     head_dim: int,
     eps: float,
 ) -> list[Tensor]:
-    """Returns the gradients of x and weight, and of the state if there is one."""
-    arguments = _describe(x, weight, state, cu_seqlens, norm_channels, head_dim, eps)
+    """Returns the gradients of x and weight, and of bias and state if there are any."""
+    arguments = _describe(x, weight, bias, state, cu_seqlens, norm_channels, head_dim, eps)
     dy, (D, W) = rows(dy), weight.shape
     tokens = arguments["R"] * arguments["RUN"]
     programs = pieces(x.shape[0], x.shape[1], cu_seqlens, tokens)
@@ -72,13 +75,16 @@ def _backward(
         "dy_stride": dy.stride(1),
         "dlast": None if dlast is None else dlast.contiguous(),
         "dx": x.new_empty(x.shape),
-        "dtaps": x.new_empty((programs, W, D), dtype=torch.float32),
+        "dtaps": x.new_empty((programs, W + (bias is not None), D), dtype=torch.float32),
         "dstate": None if state is None else torch.empty_like(arguments["state"]),
         "HAS_DLAST": dlast is not None,
     }
     _launch(conv.normed_conv_backward, arguments, programs, 4)
-    dweight = arguments["dtaps"].sum(0).mT.to(weight.dtype).contiguous()
-    return [x for x in (arguments["dx"], dweight, arguments["dstate"]) if x is not None]
+    dtaps = arguments["dtaps"]
+    dweight = dtaps[:, :W].sum(0).mT.to(weight.dtype).contiguous()
+    dbias = None if bias is None else dtaps[:, W].sum(0).to(bias.dtype)
+    grads = arguments["dx"], dweight, dbias, arguments["dstate"]
+    return [x for x in grads if x is not None]
 
 
 register_backward(_normed_conv, _backward, outputs=2)
@@ -92,6 +98,7 @@ def _new_state(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _describe(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     norm_channels: int,
@@ -103,6 +110,7 @@ def _describe(
     return {
         "x": tokens,
         "taps": weight.mT.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
         "state": None if state is None else state.contiguous(),
         "cu_seqlens": cu_seqlens,
         "N": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
@@ -117,6 +125,7 @@ def _describe(
         "BD": BD,
         **sizes(BD, x.device),
         "PACKED": cu_seqlens is not None,
+        "HAS_BIAS": bias is not None,
         "HAS_STATE": state is not None,
     }
 
