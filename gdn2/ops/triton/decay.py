@@ -45,15 +45,20 @@ def halves(log_decay):
 
 
 @triton.jit
-def decay_in_all(high, low):
-    """The decay of all tokens, [BK], from `halves` [BK, C].
+def decay_from_start(high, low, r, C: tl.constexpr):
+    """The decay of each token from the chunk's start, itself included, [BK, C]; and of all [BK].
 
-    The larger halves are so short that their sum is exact, or nearly: the sum of whole log-decays
-    would lose the bits that their size takes, from a decay that a state meets in every chunk.
+    The last is made of the sums of both `halves`. The larger ones are so short that their sum is
+    exact, or nearly: the sum of whole log-decays would lose the bits that its size takes, from a
+    decay that a state meets in every chunk.
     """
-    log = tl.sum(high.to(tl.float32), 1)
-    n = tl.floor(log + 0.5)
-    return _exp((log - n) * _LN2 + tl.sum(low.to(tl.float32), 1) * _LN2, n)
+    summed = tl.where(r[:, None] <= r[None, :], 1.0, 0.0).to(tl.float16)
+    log, rest = tl.dot(high, summed), tl.dot(low, summed)
+    last = (r == C - 1)[None, :]
+    log_of_all = tl.sum(tl.where(last, log, 0.0), 1)
+    rest_of_all = tl.sum(tl.where(last, rest, 0.0), 1)
+    n = tl.floor(log_of_all + 0.5)
+    return tl.exp2(log + rest), _exp((log_of_all - n) * _LN2 + rest_of_all * _LN2, n)
 
 
 @triton.jit

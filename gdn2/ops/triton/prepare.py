@@ -21,7 +21,7 @@ C rows are one warpgroup's, and Triton lets every other one compute all left fac
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.decay import decay_in_all, decay_within, exp, halves, pairs
+from gdn2.ops.triton.decay import decay_from_start, decay_within, exp, halves, pairs
 from gdn2.ops.triton.layout import load_rows, load_tokens, load_transposed, locate, store_rows
 
 
@@ -107,8 +107,8 @@ def prepare_under_channel_decay(
         key = key.to(tl.float32)
         at = p // (P // LOG_DECAY_HEADS) * K + c
         high, low = halves(load_transposed(log_decay, first, r, log_decay_stride, at, live))
-        tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, decay_in_all(high, low))
-        prefix = decay_within(high, low, r, C, r >= 0, DOT)
+        prefix, whole = decay_from_start(high, low, r, C)
+        tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, whole)
         store_rows(query_rows, first_row, r, K, c, tl.trans(query * (prefix * scale)), None)
         if ERASE == 2:
             at = p // (P // ERASE_HEADS) * K + c
