@@ -2,14 +2,14 @@
 
 With the W taps w of a channel, its inputs x, and sums over the head of every normed channel:
 
-    a_t = sum_{j<W} w_j x_{t-W+1+j}        s = silu(a)        r = 1 / sqrt(sum s^2 + eps)
+    a_t = sum_{j<W} w_j x_{t-W+1+j} + bias        s = silu(a)        r = 1 / sqrt(sum s^2 + eps)
     y = r s where normed, s elsewhere
 
 and back, from dy, where `a` is computed again:
 
     ds = r (dy - r^2 s sum(s dy)) where normed, dy elsewhere
     da = ds sigmoid(a) (1 + a (1 - sigmoid(a)))
-    dx_t = sum_j w_j da_{t+W-1-j}        dw_j = sum_t da_t x_{t-W+1+j}
+    dx_t = sum_j w_j da_{t+W-1-j}        dw_j = sum_t da_t x_{t-W+1+j}        dbias = sum_t da_t
 
 Inputs before the first token are those of the state, whose gradient is what dx says there. All is
 float32 and rounded at the store. A program takes one head of HEAD channels, or as many of those
