@@ -36,19 +36,24 @@ def exp(x):
 
 
 @triton.jit
-def halves(log_decay):
-    """Its logarithm to the base 2, 22 bits of it, as the sum of two float16."""
+def halves(x, DTYPE: tl.constexpr):
+    """x in float32 as the sum of two numbers of a dtype: as many bits again as it has."""
+    high = x.to(DTYPE)
+    return high, (x - high.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def halves_of_decay(log_decay):
+    """The logarithm of a decay to the base 2, in float16: 22 bits."""
     x = log_decay.to(tl.float32)
-    x = tl.where(x < -150.0, -150.0, x) * _INVERSE_LN2
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
+    return halves(tl.where(x < -150.0, -150.0, x) * _INVERSE_LN2, tl.float16)
 
 
 @triton.jit
 def decay_from_start(high, low, r, C: tl.constexpr):
     """The decay of each token from the chunk's start, itself included, [BK, C]; and of all [BK].
 
-    The last is made of the sums of both `halves`. The larger ones are so short that their sum is
+    The last is made of the sums of both halves. The larger ones are so short that their sum is
     exact, or nearly: the sum of whole log-decays would lose the bits that its size takes, from a
     decay that a state meets in every chunk.
     """
@@ -66,7 +71,7 @@ def decay_within(high, low, r, size, from_start, DOT: tl.constexpr):
     """The decay of each token r within its block of `size` tokens, [BK, C].
 
     From the block's start to the token, itself included, where `from_start`; else from the token,
-    itself not included, to the block's end. high, low: `halves` of log-decays [BK, C]. The lower
+    itself not included, to the block's end. high, low: `halves_of_decay` [BK, C]. The lower
     is nothing to bfloat16: at most 1e-4 of what is not decayed.
     """
     before = r & (size - 1)
@@ -78,6 +83,13 @@ def decay_within(high, low, r, size, from_start, DOT: tl.constexpr):
     if DOT != tl.bfloat16:
         log = tl.dot(low, summed, acc=log)
     return tl.exp2(log)
+
+
+@triton.jit
+def decay_at(high, low, r, level, DOT: tl.constexpr):
+    """The decay of each token where blocks of 2^level meet: as a row if upper, or as a column."""
+    upper = ((r >> level) & 1) == 1
+    return decay_within(high, low, r, 1 << level, upper, DOT)
 
 
 @triton.jit

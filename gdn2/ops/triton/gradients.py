@@ -21,8 +21,9 @@ Axes: as in `prepare` and `scan`; BK key channels and BV value channels at a tim
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.decay import decay_within, exp, halves, pairs
+from gdn2.ops.triton.decay import decay_at, decay_within, exp, halves, halves_of_decay, pairs
 from gdn2.ops.triton.layout import (
+    load_gate,
     load_rows,
     load_tokens,
     load_transposed,
@@ -43,8 +44,8 @@ def sum_from(x, r, DOT: tl.constexpr):
     """The sum over each token and those after it [BK, C]."""
     if DOT == tl.bfloat16:
         ones = tl.where(r[:, None] >= r[None, :], 1.0, 0.0).to(DOT)
-        high = x.to(DOT)
-        x = tl.dot(high, ones, acc=tl.dot((x - high.to(tl.float32)).to(DOT), ones))
+        high, low = halves(x, DOT)
+        x = tl.dot(high, ones, acc=tl.dot(low, ones))
     else:  # halves of other types would not have float32's range
         x = tl.cumsum(x, 1, reverse=True)
     return x
@@ -168,8 +169,6 @@ def gradients(
     for first_key in tl.range(0, K, BK, loop_unroll_factor=1):
         kc = first_key + tl.arange(0, BK)
         k_at = p // (P // H) * K + kc
-        decay_at = p // (P // LOG_DECAY_HEADS) * K + kc
-        erase_at = p // (P // ERASE_HEADS) * K + kc
         at = p * K + kc
 
         # Rows: what they meet of the state, then of the chunk.
@@ -186,16 +185,16 @@ def gradients(
                     dX = load_rows(dwritten, (chunk * HV + hv) * C, r, V, c, c_in)
                     derased = tl.dot(S, tl.trans(dX), acc=derased, input_precision="tf32x3")
         if DECAY == 2:
-            decay = load_transposed(log_decay, first, r, log_decay_stride, decay_at, live)
-            high, low = halves(decay)
+            head = p // (P // LOG_DECAY_HEADS)
+            decay = load_gate(log_decay, first, r, log_decay_stride, head, kc, live, K, DECAY)
+            high, low = halves_of_decay(decay)
             from_start = decay_within(high, low, r, C, r >= 0, DOT)
         dquery *= from_start
         derased *= -from_start
         key = load_transposed(k, first, r, k_stride, k_at, live)
         if DECAY == 2:
             for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-                upper = ((r >> level) & 1) == 1
-                x = decay_within(high, low, r, 1 << level, upper, DOT)
+                x = decay_at(high, low, r, level, DOT)
                 lower_keys = (key * x).to(DOT)
                 met = tl.trans(among(dA, r, level))
                 dquery += x * tl.dot(lower_keys, met, input_precision="tf32x3")
@@ -211,12 +210,9 @@ def gradients(
         store_rows(dq, first, r, P * K, at, dq_rows, live[:, None])
         dG = load_transposed(q, first, r, q_stride, k_at, live) * scale * dquery
         dkey = tl.zeros([BK, C], tl.float32)
-        if ERASE == 2:
-            erase_gate = load_transposed(erase, first, r, erase_stride, erase_at, live)
-        elif ERASE == 1:
-            erase_gate = load_tokens(erase, first, r, erase_stride, erase_head, live)[None, :]
         if ERASE:
-            dkey = erase_gate * derased
+            gate = load_gate(erase, first, r, erase_stride, erase_head, kc, live, K, ERASE)
+            dkey = gate * derased
             dG += 2 * key * dkey  # once for its part of dkey, which is no column's
             derased *= key
         if ERASE == 2:
@@ -247,16 +243,12 @@ def gradients(
         key = load_transposed(k, first, r, k_stride, k_at, live)
         end = tl.sum(key * dcolumn, 1)
         query = load_transposed(q, first, r, q_stride, k_at, live) * scale
-        if ERASE == 2:
-            erase_gate = load_transposed(erase, first, r, erase_stride, erase_at, live)
-        elif ERASE == 1:
-            erase_gate = load_tokens(erase, first, r, erase_stride, erase_head, live)[None, :]
         if ERASE:
-            erased = key * erase_gate
+            gate = load_gate(erase, first, r, erase_stride, erase_head, kc, live, K, ERASE)
+            erased = key * gate
         if DECAY == 2:
             for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-                upper = ((r >> level) & 1) == 1
-                x = decay_within(high, low, r, 1 << level, upper, DOT)
+                x = decay_at(high, low, r, level, DOT)
                 met = tl.dot((query * x).to(DOT), among(dA, r, level), input_precision="tf32x3")
                 if ERASE:
                     rows_met = (erased * x).to(DOT)

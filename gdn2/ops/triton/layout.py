@@ -72,6 +72,16 @@ def load_tokens(x, first, r, stride, head, mask):
 
 
 @triton.jit
+def load_gate(gate, first, r, stride, head, c, live, K: tl.constexpr, FORM: tl.constexpr):
+    """A head's gate in float32 with tokens as columns: [BK, C] of the channels c, or [1, C]."""
+    if FORM == 2:
+        x = load_transposed(gate, first, r, stride, head * K + c, live)
+    else:
+        x = load_tokens(gate, first, r, stride, head, live)[None, :]
+    return x
+
+
+@triton.jit
 def store_tokens(x, first, r, stride, head, column, mask):
     """``x[first + r, head] = column``."""
     to = x + (first + r) * stride + head

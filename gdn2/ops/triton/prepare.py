@@ -21,8 +21,22 @@ C rows are one warpgroup's, and Triton lets every other one compute all left fac
 import triton
 import triton.language as tl
 
-from gdn2.ops.triton.decay import decay_from_start, decay_within, exp, halves, pairs
-from gdn2.ops.triton.layout import load_rows, load_tokens, load_transposed, locate, store_rows
+from gdn2.ops.triton.decay import (
+    decay_at,
+    decay_from_start,
+    decay_within,
+    exp,
+    halves,
+    halves_of_decay,
+    pairs,
+)
+from gdn2.ops.triton.layout import (
+    load_gate,
+    load_rows,
+    load_tokens,
+    locate,
+    store_rows,
+)
 
 
 @triton.jit
@@ -41,13 +55,13 @@ def invert(t, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr):
         rounded = a.to(DOT)
         part = tl.dot(rounded, t_h, input_precision="tf32x3").to(DOT)
         a = tl.dot(part, rounded, acc=a, input_precision="tf32x3")
-    high = t.to(DOT)
+    high, low = halves(t, DOT)
     for _ in tl.range(0, STEPS, loop_unroll_factor=1):
-        rounded = a.to(DOT)
+        rounded, rest = halves(a, DOT)
         product = tl.dot(high, rounded, input_precision="tf32x3")
         if DOT != tl.float32:
-            product = tl.dot((t - high.to(tl.float32)).to(DOT), rounded, acc=product)
-            product = tl.dot(high, (a - rounded.to(tl.float32)).to(DOT), acc=product)
+            product = tl.dot(low, rounded, acc=product)
+            product = tl.dot(high, rest, acc=product)
         a = tl.dot(rounded, (eye - a - product).to(DOT), acc=a, input_precision="tf32x3")
     return a
 
@@ -105,25 +119,21 @@ def prepare_under_channel_decay(
         met_queries = tl.where(r[:, None] == r[None, :], itself, 0.0)
         query = tl.trans(query).to(tl.float32)
         key = key.to(tl.float32)
-        at = p // (P // LOG_DECAY_HEADS) * K + c
-        high, low = halves(load_transposed(log_decay, first, r, log_decay_stride, at, live))
+        head = p // (P // LOG_DECAY_HEADS)
+        decay = load_gate(log_decay, first, r, log_decay_stride, head, c, live, K, 2)
+        high, low = halves_of_decay(decay)
         prefix, whole = decay_from_start(high, low, r, C)
         tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, whole)
         store_rows(query_rows, first_row, r, K, c, tl.trans(query * (prefix * scale)), None)
-        if ERASE == 2:
-            at = p // (P // ERASE_HEADS) * K + c
-            erased = key * load_transposed(erase, first, r, erase_stride, at, live)
-        elif ERASE == 1:
-            head = p // (P // ERASE_HEADS)
-            erased = key * load_tokens(erase, first, r, erase_stride, head, live)[None, :]
         if ERASE:
+            head = p // (P // ERASE_HEADS)
+            erased = key * load_gate(erase, first, r, erase_stride, head, c, live, K, ERASE)
             store_rows(erased_rows, first_row, r, K, c, tl.trans(erased * prefix), None)
         suffix = decay_within(high, low, r, C, r < 0, DOT)
         store_rows(columns, first_row, r, K, c, tl.trans(key * suffix), None)
         met_erased = tl.zeros([C, C], tl.float32)
         for level in tl.range(0, LEVELS, loop_unroll_factor=1):
-            upper = ((r >> level) & 1) == 1
-            x = decay_within(high, low, r, 1 << level, upper, DOT)
+            x = decay_at(high, low, r, level, DOT)
             lower_keys = (key * x).to(DOT)
             if ERASE:
                 rows = tl.trans((erased * x).to(DOT))
