@@ -48,6 +48,7 @@ BACK: Candidates = {
     "back_BV": (16, 32, 64, 128),
     "back_warps": (4, 8),
     "back_stages": (1, 2, 3),
+    "gradients_C": (32, 64),
     "gradients_BK": (32, 64, 128),
     "gradients_BV": (32, 64, 128),
     "gradients_warps": (4, 8),

@@ -26,7 +26,8 @@ KERNELS = {
     "scan_back for gradients",
     "merge",
     "merge back",
-    "gradients",
+    "gradients_under_channel_decay",
+    "gradients_under_head_decay",
 }
 WITHOUT_PRODUCTS = {
     "normed_conv",
@@ -52,12 +53,11 @@ def test_kernels_compile_as_committed():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_kernels_fit_and_spill_in_no_loop():
+def test_kernels_fit_and_do_not_spill():
     rows = compiled_kernels.committed()
     assert {row.kernel for row in rows} == KERNELS | WITHOUT_PRODUCTS
     for row in rows:
-        assert row.looped == 0, row
-        assert row.spills == 0 or row.kernel == "gradients", row
+        assert row.spills == 0, row
         assert row.shared <= compiled_kernels.SHARED[row.capability], row
         assert row.wgmma + row.mma > 0 or row.kernel in WITHOUT_PRODUCTS, row
         large = row.K >= 64 and row.kernel not in SMALL_PRODUCTS | WITHOUT_PRODUCTS
@@ -83,10 +83,9 @@ def test_every_form_of_gates_compiles():
     forms = list(itertools.product((None, "head", "channel"), repeat=3))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         rows = [row for rows in processes.map(compile_form, forms) for row in rows]
-    assert len(rows) == 2 * len(forms) * len(
-        (KERNELS | WITHOUT_PRODUCTS) - {"prepare_under_head_decay"}
-    )
+    other_decay = {"prepare_under_head_decay", "gradients_under_head_decay"}
+    assert len(rows) == 2 * len(forms) * len((KERNELS | WITHOUT_PRODUCTS) - other_decay)
     for row in rows:
         assert row.shared <= compiled_kernels.SHARED[90], row
-        bfloat16 = row.K == 128
-        assert row.looped <= 2 or not bfloat16, row
+        no_preset_has_it = row.K != 128  # float32
+        assert row.spills <= 8 or no_preset_has_it, row

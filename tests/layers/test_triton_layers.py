@@ -134,7 +134,7 @@ def test_a_layer_asks_for_every_kernel(kernels, monkeypatch):
         monkeypatch.setattr(f"gdn2.ops.triton.{module}.launch", spy)
     results(build("gdn2"), torch.randn(2, T, D, device=DEVICE), packed=False)
     assert launched >= {
-        *("prepare_under_channel_decay", "scan", "scan_back", "gradients"),
+        *("prepare_under_channel_decay", "scan", "scan_back", "gradients_under_channel_decay"),
         *("normed_conv", "normed_conv_backward", "decay", "decay_back"),
         *("sigmoid_gate", "sigmoid_gate_back", "gated_norm", "gated_norm_back"),
     }

@@ -26,9 +26,21 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from triton_device import CHANNELS, DEVICE, MARKS, SMALL, C, L, forms_and_layouts, inputs_of
+from triton_device import (
+    CAPABILITY,
+    CHANNELS,
+    DEVICE,
+    MARKS,
+    SMALL,
+    C,
+    L,
+    forms_and_layouts,
+    inputs_of,
+)
 
 from gdn2.ops import gated_delta_rule
+from gdn2.ops.triton import launch
+from gdn2.ops.triton.sizes import sizes_of
 
 pytestmark = MARKS
 triton = partial(run, backend="triton")
@@ -65,6 +77,17 @@ def test_without_tokens_the_state_alone_has_a_gradient():
 @pytest.mark.parametrize("decay", ["channel", "head"])
 def test_any_channels(decay, K, V):
     case = Case(decay, B=1, T=C + 3, K=K, V=V)
+    assert_as_exact_as_chunked(inputs_of(case), case)
+
+
+@pytest.mark.parametrize("member", ["gdn2", "kda"])
+@pytest.mark.parametrize("tokens", [C // 2, C])
+def test_chunks_are_differentiated_whole_or_by_halves(tokens, member, monkeypatch):
+    sizes = partial(sizes_of, capability=CAPABILITY)
+    monkeypatch.setattr(
+        launch, "sizes_of", lambda *key: sizes(*key[:4])._replace(gradients_C=tokens)
+    )
+    case = Case(*MEMBERS[member], B=1, T=2 * C - 3, K=48, V=32)
     assert_as_exact_as_chunked(inputs_of(case), case)
 
 

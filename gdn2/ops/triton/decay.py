@@ -9,6 +9,8 @@ product with zeros and ones: none is the difference of two others, so nothing ov
 import triton
 import triton.language as tl
 
+from gdn2.ops.triton.layout import load_gate
+
 _INVERSE_LN2 = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # 15 bits: its product by an exponent is exact
@@ -50,6 +52,12 @@ def halves_of_decay(log_decay):
 
 
 @triton.jit
+def load_decay(log_decay, first, r, stride, head, c, live, K: tl.constexpr):
+    """`halves_of_decay` of a head's channels c [BK, C]."""
+    return halves_of_decay(load_gate(log_decay, first, r, stride, head, c, live, K, 2))
+
+
+@triton.jit
 def decay_from_start(high, low, r, C: tl.constexpr):
     """The decay of each token from the chunk's start, itself included, [BK, C]; and of all [BK].
 
@@ -83,6 +91,12 @@ def decay_within(high, low, r, size, from_start, DOT: tl.constexpr):
     if DOT != tl.bfloat16:
         log = tl.dot(low, summed, acc=log)
     return tl.exp2(log)
+
+
+@triton.jit
+def decay_of_all(high, low):
+    """The decay of all tokens [BK]."""
+    return tl.exp2(tl.sum(high.to(tl.float32) + low.to(tl.float32), 1))
 
 
 @triton.jit

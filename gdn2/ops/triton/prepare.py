@@ -27,7 +27,7 @@ from gdn2.ops.triton.decay import (
     decay_within,
     exp,
     halves,
-    halves_of_decay,
+    load_decay,
     pairs,
 )
 from gdn2.ops.triton.layout import (
@@ -120,8 +120,7 @@ def prepare_under_channel_decay(
         query = tl.trans(query).to(tl.float32)
         key = key.to(tl.float32)
         head = p // (P // LOG_DECAY_HEADS)
-        decay = load_gate(log_decay, first, r, log_decay_stride, head, c, live, K, 2)
-        high, low = halves_of_decay(decay)
+        high, low = load_decay(log_decay, first, r, log_decay_stride, head, c, live, K)
         prefix, whole = decay_from_start(high, low, r, C)
         tl.store(total + (chunk.to(tl.int64) * P + p) * K + c, whole)
         store_rows(query_rows, first_row, r, K, c, tl.trans(query * (prefix * scale)), None)

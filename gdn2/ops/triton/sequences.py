@@ -8,7 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.contract import Operands
-from gdn2.ops.triton.gradients import gradients
+from gdn2.ops.triton.gradients import (
+    gradients_under_channel_decay,
+    gradients_under_head_decay,
+)
 from gdn2.ops.triton.launch import describe, launch, sizes_for
 from gdn2.ops.triton.layout import pieces, rows
 from gdn2.ops.triton.merge import merge
@@ -162,11 +165,15 @@ class _Call:
         self.arguments |= dict.fromkeys(_ONLY_FOR_SCANS)
         grads = x.map(buffer)
         arguments = self.arguments | left | {f"d{n}": t for n, t in grads._asdict().items()}
+        D = min(self.sizes.gradients_C, self.sizes.C)
         arguments |= {
             "BK": min(self.sizes.gradients_BK, K & -K),
             "BV": min(self.sizes.gradients_BV, triton.next_power_of_2(V)),
+            "D": D,
+            "LEVELS": D.bit_length() - 1,
         }
-        grid = (self.chunks, P)
-        launch(gradients, grid, arguments, self.sizes.gradients_warps)
+        channel = self.arguments["DECAY"] == 2
+        gradients = gradients_under_channel_decay if channel else gradients_under_head_decay
+        launch(gradients, (self.chunks, P), arguments, self.sizes.gradients_warps)
         pairs = zip(grads, x, strict=True)
         return Operands(*(None if t is None else of_heads(g, t) for g, t in pairs))  # type: ignore[arg-type]

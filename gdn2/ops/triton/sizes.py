@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
     prepare_BK key channels at a time to prepare, merge_BK to merge; BV value channels of one scan,
     back_BV of one back, step_BV of one program that decodes; gradients_BK by gradients_BV of states
-    at a time.
+    at a time, under a decay per channel of gradients_C tokens: half of C, or C.
     """
 
     C: int
@@ -56,6 +56,7 @@ class Sizes(NamedTuple):
     back_BV: int
     back_warps: int
     back_stages: int
+    gradients_C: int
     gradients_BK: int
     gradients_BV: int
     gradients_warps: int
