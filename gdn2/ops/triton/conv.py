@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from gdn2.ops.triton.layout import load_rows, locate, store_rows
+from gdn2.ops.triton.sigmoid import sigmoid
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def normed_conv(
     for j in tl.static_range(W):
         seen = load_inputs(x, start, length, before, r - (W - 1) + j, d, inside, x_stride)
         a += seen.to(tl.float32) * load_tap(taps, j, d, inside, D)
-    s = a * tl.sigmoid(a)
+    s = a * sigmoid(a)
     if block < NORMED // HEAD:
         s *= tl.rsqrt(tl.sum(s * s, 1) + eps)[:, None]
     store_rows(y, start + before, r, D, d, s, (before + r < length)[:, None] & inside)
@@ -192,13 +193,13 @@ def normed_conv_backward(
             a += shift
         for j in tl.static_range(W):
             a += seen[j] * w[j]
-        sigmoid = tl.sigmoid(a)
+        act = sigmoid(a)
         if block < NORMED // HEAD:
-            s = a * sigmoid
+            s = a * act
             square = 1 / (tl.sum(s * s, 1) + eps)
             da -= s * (square * tl.sum(s * da, 1))[:, None]
             da *= tl.sqrt(square)[:, None]
-        da *= sigmoid * (1 + a * (1 - sigmoid))
+        da *= act * (1 + a * (1 - act))
         da = tl.where((first + i + run < length)[:, None], da, 0.0)
         own = tl.where(i < RUN, da, 0.0)
         if HAS_BIAS:

@@ -12,6 +12,8 @@ Axes: B batch rows, T tokens, D channels, BD of them a program, W taps (WP: the 
 import triton
 import triton.language as tl
 
+from gdn2.ops.triton.sigmoid import sigmoid
+
 
 @triton.jit
 def load_inputs(x, state, token, channel, i, x_stride, W: tl.constexpr, mask):
@@ -58,7 +60,7 @@ def conv_step(
         if HAS_BIAS:
             y += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
         if SILU:
-            y *= tl.sigmoid(y)
+            y *= sigmoid(y)
         y = tl.where(live, y, 0.0).to(out.dtype.element_ty)
         tl.store(out + (token + t) * D + d, y, mask=inside)
     tl.debug_barrier()  # all threads have read what is overwritten now

@@ -23,6 +23,7 @@ from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.decay import exp
 from gdn2.ops.triton.launch import launch
 from gdn2.ops.triton.layout import load_rows, matrix, store_rows
+from gdn2.ops.triton.sigmoid import sigmoid
 
 _BACK_TOKENS = 128  # of a program that goes back: two sums are stored for so many of df
 
@@ -116,7 +117,7 @@ def sigmoid_gate(x, y, M, stride, maximum, D: tl.constexpr, BM: tl.constexpr, BD
     first, d = place(D, BD, BM)
     t = tl.arange(0, BM)
     inside = (first + t < M)[:, None] & (d < D)[None, :]
-    s = tl.sigmoid(load_rows(x, first, t, stride, d, inside).to(tl.float32))
+    s = sigmoid(load_rows(x, first, t, stride, d, inside).to(tl.float32))
     store_rows(y, first, t, D, d, maximum * s, inside)
 
 
@@ -127,7 +128,7 @@ def sigmoid_gate_back(
     first, d = place(D, BD, BM)
     t = tl.arange(0, BM)
     inside = (first + t < M)[:, None] & (d < D)[None, :]
-    s = tl.sigmoid(load_rows(x, first, t, stride, d, inside).to(tl.float32))
+    s = sigmoid(load_rows(x, first, t, stride, d, inside).to(tl.float32))
     slope = maximum * s * (1 - s)
     store_rows(dx, first, t, D, d, slope * load_rows(dy, first, t, D, d, inside), inside)
 

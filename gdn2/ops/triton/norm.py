@@ -22,6 +22,7 @@ from gdn2.ops.contract import check_no_tangent
 from gdn2.ops.triton.autograd import register_backward
 from gdn2.ops.triton.launch import launch
 from gdn2.ops.triton.layout import matrix
+from gdn2.ops.triton.sigmoid import sigmoid
 
 _BACK_ROWS = 128  # of a program that goes back: a number of dweight is stored for so many of dx
 
@@ -68,7 +69,7 @@ def gated_norm(
     tile = load_tile(x, r, v, x_stride, X_HEADS, V, inside)
     g = load_tile(gate, r, v, gate_stride, GATE_HEADS, V, inside)
     w = tl.load(weight + v, v < V, other=0.0).to(tl.float32)[None, :]
-    act = tl.sigmoid(g)
+    act = sigmoid(g)
     if SILU:
         act *= g
     store_tile(y, r, v, tile * inverse_root(tile, eps, V) * w * act, V, inside)
@@ -107,7 +108,7 @@ def gated_norm_back(
         d = load_tile(dy, r, v, V, 1, V, inside)
         inverse = inverse_root(tile, eps, V)
         n = tl.where(inside, tile * inverse, 0.0)  # beyond the last row it may be 0 / 0
-        act = tl.sigmoid(g)
+        act = sigmoid(g)
         slope = act * (1 - act)
         if SILU:
             slope = act + g * slope
