@@ -6,9 +6,11 @@ written R, and dX and dO, summed over the value heads of the key-side head,
     dA_qk = tril(dO R^T)      dT = -tril(dX R^T, -1)      d(w * v) = dX
     dQ = dO S^T               dE = -dX S^T                dK~ = R dS^T
 
-The first line's go through the levels of blocks once more, as `prepare` went for the scores, and
-together with the second line's they give the rows dq and d(b * k), and dk as a column. The
-cumulative log-decay G multiplies row r and divides column r wherever they meet another token, so
+dA_qk and dT, the gradients of scores, are multiplied by keys and by rows at the level of blocks
+where two tokens meet, as `prepare` made the scores. With the second line, decayed, that gives the
+rows dq and d(b * k), and dk as a column. The cumulative log-decay G multiplies row r and divides
+column r wherever they meet another token; so without what a token's query has of its own key, and
+before dk gets its part b * d(b * k),
 
     dG_r = q_r dq_r + (b_r * k_r) d(b * k)_r - k_r dk_r     dlog_decay_i = sum_{r >= i} dG_r + end
 
@@ -128,6 +130,7 @@ def gradients_under_channel_decay(
     chunk of 64 there are no registers for both.
     """
     HALVES: tl.constexpr = C // D
+    tl.static_assert(HALVES <= 2)
     chunk = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
     _, start, length, before = locate(chunk, cu_seqlens, N, T, C, PACKED)
