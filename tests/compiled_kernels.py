@@ -67,6 +67,7 @@ class Row(NamedTuple):
     warps: int
     registers: int
     spills: int  # loads and stores of registers
+    looped: int  # of these, in loops
     shared: int  # bytes
     wgmma: int
     mma: int
@@ -224,12 +225,18 @@ def compile_launch(case: Case, kernel: Any, arguments: dict[str, Any]) -> Row:
         file.flush()
         usage = dump("--dump-resource-usage", file.name)
         sass = dump("--dump-sass", file.name)
+    found = re.findall(r"/\*(\w{4,5})\*/ +(.+?);", sass)
+    instructions = [(int(at, 16), text) for at, text in found]
+    spills = [at for at, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
+    jumps = [(at, re.search(r"\bBRA\b.* 0x(\w+)", text)) for at, text in instructions]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
     return Row(
         *case,
         kernel=label(kernel, arguments),
         warps=options["num_warps"],
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        spills=len(spills),
+        looped=sum(any(first <= at <= last for first, last in loops) for at in spills),
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r"\bHGMMA\b", sass)),
         mma=len(re.findall(r"\bHMMA\b", sass)),

@@ -87,5 +87,6 @@ def test_every_form_of_gates_compiles():
     assert len(rows) == 2 * len(forms) * len((KERNELS | WITHOUT_PRODUCTS) - other_decay)
     for row in rows:
         assert row.shared <= compiled_kernels.SHARED[90], row
-        no_preset_has_it = row.K != 128  # float32
-        assert row.spills <= 8 or no_preset_has_it, row
+        bfloat16 = row.K == 128
+        assert row.looped <= 2 or not bfloat16, row
+        assert row.spills <= 8 or not bfloat16, row
